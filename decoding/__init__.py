@@ -1,0 +1,7 @@
+"""From logits to tokens: jitted decoding loops over the models of `models`."""
+
+from decoding.decode import METHODS as METHODS
+from decoding.decode import DecodeFn as DecodeFn
+from decoding.decode import make_decode_fn as make_decode_fn
+from decoding.state import DecodeOutput as DecodeOutput
+from decoding.stream import stream as stream

@@ -1,0 +1,82 @@
+"""One token per step: greedy decoding and sampling. Greedy is the reference that every `exact` method is compared
+with.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from decoding.method import Call, Method, Steps
+from decoding.prefill import Prompts
+from decoding.sampling import Sampling, draw, process_logits, step_keys
+from decoding.state import DecodeState, emit
+from models.cache import KVCache, commit
+from models.decoder import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+    """The methods of this file have no static options."""
+
+
+@struct.dataclass
+class SampleCarry:
+    """What sampling keeps: the rows' settings, one key per row, and bool[B, V], the tokens that prompt and output have
+    seen.
+    """
+
+    sampling: Sampling
+    keys: jax.Array
+    seen: jax.Array
+
+
+def target_step(model: Decoder, params: Any, state: DecodeState) -> tuple[jax.Array, DecodeState]:
+    """Runs the target on each row's newest token: f32[B, V] logits, and the state with that token in the cache."""
+    output = model.apply({"params": params}, state.last[:, None], cache=state.cache)
+    cache = commit(output.cache, None, (~state.done).astype(jnp.int32))
+    return output.logits[:, 0], state.replace(cache=cache)
+
+
+def make_greedy(model: Decoder, options: NoOptions, stop_tokens: tuple[int, ...]) -> Steps:
+    """Greedy decoding: always the most likely token (the first one on a tie)."""
+
+    def init(params: Any, prompts: Prompts, cache: KVCache, call: Call) -> None:
+        return None
+
+    def step(params: Any, state: DecodeState) -> DecodeState:
+        logits, state = target_step(model, params, state)
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return emit(state, token[:, None], jnp.ones_like(token), stop_tokens)
+
+    return Steps(init, step)
+
+
+def make_sample(model: Decoder, options: NoOptions, stop_tokens: tuple[int, ...]) -> Steps:
+    """Sampling with temperature, top-k, top-p, min-p and repetition penalty (`decoding.sampling`)."""
+
+    def init(params: Any, prompts: Prompts, cache: KVCache, call: Call) -> SampleCarry:
+        batch, width = prompts.tokens.shape
+        real = jnp.arange(width)[None, :] < prompts.lengths[:, None]
+        rows = jnp.arange(batch)[:, None]
+        seen = jnp.zeros((batch, model.config.vocab_size), bool).at[rows, prompts.tokens].max(real)
+        return SampleCarry(call.sampling, call.keys, seen)
+
+    def step(params: Any, state: DecodeState) -> DecodeState:
+        logits, state = target_step(model, params, state)
+        carry = state.carry
+        logits = process_logits(logits, carry.sampling, carry.seen)
+        drawn = draw(logits, step_keys(carry.keys, state.lengths))
+        likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        token = jnp.where(carry.sampling.temperature > 0, drawn, likeliest)
+        seen = carry.seen.at[jnp.arange(token.shape[0]), token].set(True)
+        state = state.replace(carry=carry.replace(seen=seen))
+        return emit(state, token[:, None], jnp.ones_like(token), stop_tokens)
+
+    return Steps(init, step)
+
+
+GREEDY = Method("exact", NoOptions, make_greedy, samples=False)
+SAMPLE = Method("distribution", NoOptions, make_sample, samples=True)

@@ -1,0 +1,263 @@
+"""`make_decode_fn`: one jitted function around one `lax.while_loop`, for every method of the registry.
+
+What is static (model, method, room for new tokens, stop tokens) is a hashable `Plan`; what users vary between calls
+(prompts inside a bucket, seeds, sampling settings, tokens wanted per row) is an array and compiles nothing.
+
+Axis letters: B batch, N room for new tokens, S cache slots.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decoding import autoregressive
+from decoding.method import Call, Method, Steps
+from decoding.prefill import Prompts, pad_prompts, prefill
+from decoding.sampling import Sampling, row_keys
+from decoding.state import DecodeOutput, DecodeState, init_state
+from models.decoder import Decoder
+from models.errors import InputError, unknown_name
+
+METHODS: dict[str, Method] = {
+    "greedy": autoregressive.GREEDY,
+    "sample": autoregressive.SAMPLE,
+}
+
+# Call argument -> (default, dtype, what is allowed, in words, and as a check).
+_SAMPLING = {
+    "temperature": (1.0, np.float32, ">= 0", lambda x: x >= 0),
+    "top_k": (0, np.int32, ">= 0 (0 keeps all)", lambda x: x >= 0),
+    "top_p": (1.0, np.float32, "in (0, 1]", lambda x: (x > 0) & (x <= 1)),
+    "min_p": (0.0, np.float32, "in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
+    "repetition_penalty": (1.0, np.float32, "> 0", lambda x: x > 0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is static in a decode function: equal plans share their compiled code."""
+
+    model: Decoder
+    method: str
+    options: Any
+    room: int
+    stop_tokens: tuple[int, ...]
+    cache_slots: int | None
+
+    def steps(self) -> Steps:
+        """Returns the method's functions for this model."""
+        return METHODS[self.method].make(self.model, self.options, self.stop_tokens)
+
+    def num_slots(self, bucket: int) -> int:
+        """Returns S for prompts of a bucket: enough for every new token, or as many as the user asked for."""
+        return self.cache_slots or bucket + self.room
+
+
+def start(plan: Plan, params: Any, prompts: Prompts, call: Call) -> DecodeState:
+    """Reads the prompts into the cache and returns the state before the first step. Pure."""
+    cache = prefill(plan.model, params, prompts, plan.num_slots(prompts.tokens.shape[1]))
+    last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
+    return init_state(cache, last, call.limit, plan.room, plan.steps().init(params, prompts, cache, call))
+
+
+def advance(plan: Plan, params: Any, state: DecodeState, max_steps: jax.Array) -> DecodeState:
+    """Takes steps until every row is done, `max_steps` (i32[]) at most. Pure; the one decoding loop."""
+    step = plan.steps().step
+
+    def unfinished(carry):
+        taken, state = carry
+        return (taken < max_steps) & ~state.done.all()
+
+    def body(carry):
+        taken, state = carry
+        return taken + 1, step(params, state)
+
+    return jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state))[1]
+
+
+def decode(plan: Plan, params: Any, prompts: Prompts, call: Call) -> DecodeOutput:
+    """Decodes a batch from prompts to new tokens. Pure, to be jitted or traced into something larger."""
+    state = start(plan, params, prompts, call)
+    state = advance(plan, params, state, jnp.asarray(plan.room, jnp.int32))
+    return DecodeOutput(state.tokens, state.lengths, state.stats)
+
+
+_decode = jax.jit(decode, static_argnums=0)
+_start = jax.jit(start, static_argnums=0)
+_advance = jax.jit(advance, static_argnums=0, donate_argnums=2)
+
+
+class DecodeFn:
+    """A decode function for one model and method; see `make_decode_fn`.
+
+    Calling it decodes a batch in one jitted call. `start` and `advance` are its two halves for callers that want to see
+    tokens as they are made or to time prompt and decoding apart: the same step, jitted on its own, with the state
+    donated.
+    """
+
+    def __init__(self, plan: Plan):
+        """Wraps a plan; users call `make_decode_fn`."""
+        self.plan = plan
+
+    def __call__(
+        self,
+        params: Any,
+        prompts: Sequence[Sequence[int]],
+        rng: int | Sequence[int] | jax.Array = 0,
+        *,
+        max_new_tokens: int | Sequence[int] | None = None,
+        **sampling: float | Sequence[float],
+    ) -> DecodeOutput:
+        """Decodes.
+
+        Args:
+            params: the model's parameters.
+            prompts: B lists of token ids, each of any length.
+            rng: a seed or key for the batch (row b then uses that key folded with b), or B seeds or keys, one per row.
+                A row's text depends on its own seed and prompt alone.
+            max_new_tokens: new tokens wanted, for all rows or one number per row; None or at most what the function was
+                made with.
+            **sampling: temperature, top_k, top_p, min_p, repetition_penalty (`decoding.sampling.Sampling`), a number
+                for all rows or one per row; only for methods that sample.
+
+        Returns:
+            `DecodeOutput` with i32[B, N] tokens, i32[B] lengths and counts.
+
+        Raises:
+            InputError: an empty prompt, one that does not fit the cache, ids of another tokenizer, or a setting out of
+                range.
+        """
+        return _decode(self.plan, params, *self.inputs(prompts, rng, max_new_tokens=max_new_tokens, **sampling))
+
+    def start(self, params: Any, prompts: Prompts, call: Call) -> DecodeState:
+        """Reads the prompts (as `inputs` returns them) and returns the state before the first step."""
+        return _start(self.plan, params, prompts, call)
+
+    def advance(self, params: Any, state: DecodeState, max_steps: int | None = None) -> DecodeState:
+        """Takes up to `max_steps` steps (None: until all rows are done). The state is donated: do not use it again."""
+        steps = self.plan.room if max_steps is None else max_steps
+        return _advance(self.plan, params, state, jnp.asarray(steps, jnp.int32))
+
+    def compile(self, params: Any, prompts: Prompts, call: Call) -> tuple[Callable, Callable]:
+        """Returns (start, advance) compiled for arrays of these shapes, with the signatures of the two methods above.
+
+        For callers who want compilation to be a step of its own.
+        """
+        steps = jnp.asarray(self.plan.room, jnp.int32)
+        start_compiled = _start.lower(self.plan, params, prompts, call).compile()
+        state = jax.eval_shape(functools.partial(start, self.plan), params, prompts, call)
+        advance_compiled = _advance.lower(self.plan, params, state, steps).compile()
+
+        def run(params: Any, state: DecodeState, max_steps: int | None = None) -> DecodeState:
+            return advance_compiled(params, state, steps if max_steps is None else jnp.asarray(max_steps, jnp.int32))
+
+        return start_compiled, run
+
+    def inputs(
+        self,
+        prompts: Sequence[Sequence[int]],
+        rng: int | Sequence[int] | jax.Array = 0,
+        *,
+        max_new_tokens: int | Sequence[int] | None = None,
+        **sampling: float | Sequence[float],
+    ) -> tuple[Prompts, Call]:
+        """Checks a call's arguments (see `__call__`) and returns them as the arrays that `decode` and `start` take."""
+        padded = pad_prompts(prompts, self.plan.model.config.vocab_size)
+        batch, longest = len(padded.lengths), int(padded.lengths.max())
+        self._check_fits(longest, padded.tokens.shape[1])
+        wanted = self.plan.room if max_new_tokens is None else max_new_tokens
+        limit = _per_row("max_new_tokens", wanted, batch, np.int32)
+        if limit.min() < 0 or limit.max() > self.plan.room:
+            raise InputError(
+                f"max_new_tokens must be 0 to {self.plan.room}, got {wanted}; "
+                "for more, pass a larger max_new_tokens to make_decode_fn"
+            )
+        # The newest token never enters the cache, so one more token fits than there are slots left.
+        free = self.plan.num_slots(padded.tokens.shape[1]) - padded.lengths + 1
+        call = Call(np.minimum(limit, free), self._keys(rng, batch), self._sampling(sampling, batch))
+        return padded, call
+
+    def _check_fits(self, longest: int, bucket: int) -> None:
+        slots, context = self.plan.num_slots(bucket), self.plan.model.config.max_length
+        if longest > slots:
+            raise InputError(
+                f"the longest prompt has {longest} tokens, the cache only {slots} slots: raise cache_slots"
+            )
+        if longest > context:
+            raise InputError(
+                f"the longest prompt has {longest} tokens, the model's context only {context}: shorten it, or use a "
+                "model with a longer context"
+            )
+
+    def _sampling(self, given: dict[str, Any], batch: int) -> Sampling:
+        for name in given:
+            if name not in _SAMPLING:
+                raise unknown_name("sampling setting", name, _SAMPLING)
+            if not METHODS[self.plan.method].samples:
+                raise InputError(f"method {self.plan.method!r} takes no {name}: use method='sample'")
+        values = {}
+        for name, (default, dtype, allowed, check) in _SAMPLING.items():
+            values[name] = _per_row(name, given.get(name, default), batch, dtype)
+            if not np.all(check(values[name])):
+                raise InputError(f"{name} must be {allowed}, got {given[name]}")
+        return Sampling(**values)
+
+    def _keys(self, rng: int | Sequence[int] | jax.Array, batch: int) -> jax.Array:
+        if not (isinstance(rng, jax.Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)):
+            seeds = np.asarray(rng)
+            rng = jax.random.key(int(seeds)) if seeds.ndim == 0 else jnp.stack([jax.random.key(int(s)) for s in seeds])
+        if rng.ndim and rng.shape != (batch,):
+            raise InputError(f"rng must be one seed or key, or one per row: got {rng.shape} for {batch} prompts")
+        return row_keys(rng, batch)
+
+
+def make_decode_fn(
+    model: Decoder,
+    method: str = "greedy",
+    *,
+    max_new_tokens: int = 128,
+    stop_tokens: Sequence[int] = (),
+    cache_slots: int | None = None,
+    **options: Any,
+) -> DecodeFn:
+    """Returns `decode_fn(params, prompts, rng=0, *, max_new_tokens=None, **sampling) -> DecodeOutput`.
+
+    Args:
+        model: the network.
+        method: a name in `METHODS`.
+        max_new_tokens: room for new tokens per row; calls may ask for fewer.
+        stop_tokens: ids that end a row (`tokenizer.stop_ids`).
+        cache_slots: S, tokens that the cache holds per row, prompt included; a row ends when it is full. None: as many
+            as the prompt's bucket and `max_new_tokens` need.
+        **options: the method's own static options.
+
+    Raises:
+        InputError: an unknown method or option, or a size below one.
+    """
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1 here, got {max_new_tokens} (a call may ask for 0)")
+    if cache_slots is not None and cache_slots < 1:
+        raise InputError(f"cache_slots must be at least 1, got {cache_slots}")
+    known = [field.name for field in dataclasses.fields(METHODS[method].options)]
+    for name in options:
+        if name not in known:
+            raise unknown_name(f"option of method {method!r}", name, known)
+    stops = tuple(sorted({int(token) for token in stop_tokens}))
+    return DecodeFn(Plan(model, method, METHODS[method].options(**options), max_new_tokens, stops, cache_slots))
+
+
+def _per_row(name: str, value: Any, batch: int, dtype: type) -> np.ndarray:
+    """Returns one number per row; raises InputError when there are neither one nor B numbers."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "iuf" or (dtype is np.int32 and array.dtype.kind == "f"):
+        raise InputError(f"{name} must be {'a whole number' if dtype is np.int32 else 'a number'}, got {value!r}")
+    if array.ndim > 1 or array.size not in (1, batch):
+        raise InputError(f"{name} must be one number or one per row ({batch}), got {value!r}")
+    return np.broadcast_to(array.astype(dtype), (batch,)).copy()

@@ -1,0 +1,92 @@
+"""Prompts into fixed shapes, and into the cache.
+
+Ragged prompts are padded on the right to one of a few bucket lengths, so that a new length inside a bucket compiles
+nothing. The keys of padding end up in stale slots behind each row's length and are overwritten by the tokens that
+follow.
+
+Axis letters: B batch, P bucket length, S cache slots.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from models.cache import KVCache, commit, init_cache
+from models.decoder import Decoder
+from models.errors import InputError
+
+CHUNK = 512  # tokens that one prefill pass takes at most: bounds the memory of attention scores
+SMALLEST_BUCKET = 16
+
+
+@struct.dataclass
+class Prompts:
+    """A padded batch: tokens i32[B, P] (0 from `lengths` on) and lengths i32[B], 1 to P."""
+
+    tokens: jax.Array
+    lengths: jax.Array
+
+
+def bucket_length(length: int) -> int:
+    """Returns the bucket for a prompt of `length` tokens: the next power of two, 16 at least."""
+    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> Prompts:
+    """Returns the batch, padded to its bucket.
+
+    Raises:
+        InputError: no prompts, an empty prompt, or an id that the model has no embedding for.
+    """
+    rows = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
+    if not rows:
+        raise InputError("no prompts: pass a list with at least one list of token ids")
+    for index, row in enumerate(rows):
+        if row.size == 0:
+            raise InputError(f"prompt {index} is empty: a prompt needs at least one token (the BOS token will do)")
+        if row.min() < 0 or row.max() >= vocab_size:
+            raise InputError(
+                f"prompt {index} has token id {int(row.max() if row.min() >= 0 else row.min())}, but the model has "
+                f"ids 0 to {vocab_size - 1}: was it encoded with another model's tokenizer?"
+            )
+    lengths = np.array([row.size for row in rows], np.int32)
+    tokens = np.zeros((len(rows), bucket_length(int(lengths.max()))), np.int32)
+    for target, row in zip(tokens, rows, strict=True):
+        target[: row.size] = row
+    return Prompts(tokens, lengths)
+
+
+def prefill(model: Decoder, params: Any, prompts: Prompts, num_slots: int) -> KVCache:
+    """Returns a cache of `num_slots` slots that holds every prompt but its last token.
+
+    The last token stays out, like the newest token in every later step: the first step of decoding reads it.
+    """
+    batch, width = prompts.tokens.shape
+    dtype = params["embedding"]["embedding"].dtype
+    cache = init_cache([block.attention for block in model.config.blocks], batch, num_slots, dtype)
+    if width <= CHUNK:
+        cache = _fill(model, params, prompts.tokens, cache)
+    else:
+        num_chunks = (prompts.lengths.max() - 1 + CHUNK - 1) // CHUNK
+
+        def fill_chunk(index, cache):
+            start = index * CHUNK
+            tokens = jax.lax.dynamic_slice_in_dim(prompts.tokens, start, CHUNK, axis=1)
+            return _fill(model, params, tokens, cache.replace(length=jnp.full((batch,), start)))
+
+        cache = jax.lax.fori_loop(0, num_chunks, fill_chunk, cache)
+    return commit(cache.replace(length=jnp.zeros((batch,), jnp.int32)), None, prompts.lengths - 1)
+
+
+def _fill(model: Decoder, params: Any, tokens: jax.Array, cache: KVCache) -> KVCache:
+    """Runs the blocks on tokens i32[B, T] and returns the cache with their keys and values written."""
+    positions = cache.length[:, None] + jnp.arange(tokens.shape[1])[None, :]
+
+    def blocks(module, tokens):
+        return module.layers(module.embed(tokens, positions), positions, cache)[2]
+
+    return model.apply({"params": params}, tokens, method=blocks)

@@ -1,0 +1,123 @@
+"""From logits to a token's law, and a draw from it: one `process_logits` for target and draft models alike.
+
+Everything that users vary between calls is an array, one number per row, so that no new value compiles anything. A
+row's randomness is folded from (seed, tokens emitted so far) and does not depend on who shares its batch.
+
+Axis letters: B batch, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class Sampling:
+    """How each row samples.
+
+    Attributes:
+        temperature: f32[B], >= 0; 0 takes the most likely token.
+        top_k: i32[B]; keep the k most likely tokens (ties with the k-th stay). 0 keeps all.
+        top_p: f32[B] in (0, 1]; keep the smallest set of most likely tokens with at least this mass (nucleus,
+            1904.09751). 1 keeps all.
+        min_p: f32[B] in [0, 1]; keep tokens with at least this share of the most likely one's probability (2407.01082).
+            0 keeps all.
+        repetition_penalty: f32[B], > 0; divides positive and multiplies negative logits of tokens that occur in prompt
+            or output (CTRL, 1909.05858, section 4.1, in the signed form that is in common use). 1 changes nothing.
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
+
+
+def process_logits(logits: jax.Array, sampling: Sampling, seen: jax.Array) -> jax.Array:
+    """Returns the logits of the law to sample from: penalty, temperature, top-k, top-p, min-p, in this order.
+
+    Args:
+        logits: f32[B, V].
+        sampling: one setting per row.
+        seen: bool[B, V], tokens that occur in the row's prompt or output.
+
+    Returns:
+        f32[B, V]; -inf for tokens that may not be drawn. At temperature 0 only the most likely tokens stay.
+    """
+    penalty = sampling.repetition_penalty[:, None]
+    penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    logits = jnp.where(seen, penalised, logits)
+    temperature = sampling.temperature[:, None]
+    logits = jnp.where(temperature > 0, logits / jnp.where(temperature > 0, temperature, 1.0), logits)
+    keep_all = jnp.full_like(logits, True, dtype=bool)
+    kept = jax.lax.cond(jnp.any(sampling.top_k > 0), lambda: _top_k(logits, sampling.top_k), lambda: keep_all)
+    logits = jnp.where(kept, logits, -jnp.inf)
+    kept = jax.lax.cond(jnp.any(sampling.top_p < 1), lambda: _top_p(logits, sampling.top_p), lambda: keep_all)
+    logits = jnp.where(kept, logits, -jnp.inf)
+    top = logits.max(axis=-1, keepdims=True)
+    margin = jnp.where(temperature > 0, -jnp.log(sampling.min_p[:, None]), 0.0)
+    return jnp.where(top - logits <= margin, logits, -jnp.inf)
+
+
+def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
+    """Draws one token per row, i32[B], from f32[B, V] logits with one key per row (Gumbel-max)."""
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))(keys)
+    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+
+
+def row_keys(rng: jax.Array, batch: int) -> jax.Array:
+    """Returns one key per row: a scalar key is folded with the row's index, a [B] array of keys is used as it is."""
+    if rng.ndim == 0:
+        return jax.vmap(lambda row: jax.random.fold_in(rng, row))(jnp.arange(batch))
+    return rng
+
+
+def step_keys(keys: jax.Array, step: jax.Array) -> jax.Array:
+    """Returns each row's key for its step (i32[B], tokens emitted so far)."""
+    return jax.vmap(jax.random.fold_in)(keys, step)
+
+
+def _top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
+    """bool[B, V]: the k highest logits of each row, ties with the k-th included."""
+    k = jnp.where(k > 0, jnp.minimum(k, logits.shape[-1]), logits.shape[-1])
+    ordered = _ordered(logits)
+    threshold = _highest(lambda t: jnp.sum(ordered >= t, axis=-1) >= k, k.shape[0])
+    return ordered >= threshold[:, None]
+
+
+def _top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
+    """bool[B, V]: the most likely tokens that together have mass p, ties with the last included."""
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    ordered = _ordered(probabilities)
+
+    def reaches_p(t):
+        return jnp.sum(jnp.where(ordered >= t, probabilities, 0.0), axis=-1) >= p
+
+    threshold = _highest(reaches_p, p.shape[0])
+    return (ordered >= threshold[:, None]) | (p >= 1)[:, None]
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """Maps floats to integers that compare in the same order."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _highest(holds: Callable[[jax.Array], jax.Array], batch: int) -> jax.Array:
+    """Returns each row's highest integer threshold t, i32[B], at which `holds(t[:, None])` is true.
+
+    `holds` must be true at the lowest threshold and change once. A bisection over the bits of the floats is exact, and
+    much cheaper than sorting the vocabulary.
+    """
+    low = jnp.full((batch,), jnp.iinfo(jnp.int32).min)
+    high = jnp.full((batch,), jnp.iinfo(jnp.int32).max)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
+        true = holds(middle[:, None])
+        return jnp.where(true, middle, low), jnp.where(true, high, middle - 1)
+
+    return jax.lax.fori_loop(0, 32, halve, (low, high))[0]

@@ -1,0 +1,128 @@
+"""What every decoding method carries through its loop, and the one function that adds tokens to it.
+
+Between steps this holds: `cache` has every token of the row but the newest, `last` is that newest token. A step runs
+the target on `last` (and whatever a method drafts behind it), and `emit`s at least one token per unfinished row.
+
+Axis letters: B batch, N room for new tokens, A tokens that one step offers per row.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from models.cache import KVCache
+
+
+@struct.dataclass
+class DecodeStats:
+    """Counts per row, i32[B] each; every method counts the same things.
+
+    Attributes:
+        steps: loop steps that the row took part in.
+        emitted: new tokens, stop token included.
+        drafted: tokens proposed to the target.
+        accepted: proposed tokens that were emitted.
+        target_calls: forward passes of the target model after the prompt.
+        draft_calls: forward passes of a draft model after the prompt.
+    """
+
+    steps: jax.Array
+    emitted: jax.Array
+    drafted: jax.Array
+    accepted: jax.Array
+    target_calls: jax.Array
+    draft_calls: jax.Array
+
+
+@struct.dataclass
+class DecodeOutput:
+    """What a decode function returns.
+
+    Attributes:
+        tokens: i32[B, N], new tokens; 0 from `lengths` on.
+        lengths: i32[B], new tokens per row, stop token included.
+        stats: counts per row.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    stats: DecodeStats
+
+
+@struct.dataclass
+class DecodeState:
+    """The loop's state.
+
+    Attributes:
+        cache: every token of each row except `last`.
+        last: i32[B], each row's newest token.
+        tokens: i32[B, N], new tokens so far.
+        lengths: i32[B], how many they are.
+        limit: i32[B], how many there may be, <= N.
+        done: bool[B], rows that met a stop token or their limit.
+        stats: counts per row.
+        carry: what the method itself keeps (sampling state, draft state).
+    """
+
+    cache: KVCache
+    last: jax.Array
+    tokens: jax.Array
+    lengths: jax.Array
+    limit: jax.Array
+    done: jax.Array
+    stats: DecodeStats
+    carry: Any
+
+
+def init_state(cache: KVCache, last: jax.Array, limit: jax.Array, room: int, carry: Any) -> DecodeState:
+    """Returns the state before the first step; `room` is N, `last` (i32[B]) the last token of each prompt."""
+    zero = jnp.zeros_like(limit)
+    return DecodeState(
+        cache=cache,
+        last=last,
+        tokens=jnp.zeros((limit.shape[0], room), jnp.int32),
+        lengths=zero,
+        limit=limit,
+        done=limit <= 0,
+        stats=DecodeStats(zero, zero, zero, zero, zero, zero),
+        carry=carry,
+    )
+
+
+def emit(state: DecodeState, tokens: jax.Array, count: jax.Array, stop_tokens: tuple[int, ...]) -> DecodeState:
+    """Adds each row's first `count` tokens, cut after a stop token and at the row's limit; counts the step.
+
+    Args:
+        state: the state before the step. Rows that are done stay as they are.
+        tokens: i32[B, A], the tokens that the step offers, in order.
+        count: i32[B], how many of them, 1 to A.
+        stop_tokens: ids that end a row; the stop token itself is emitted.
+
+    Returns:
+        The state with tokens, lengths, last, done, and the counts `steps`, `emitted` and `target_calls` brought up to
+        date.
+    """
+    offers = jnp.arange(tokens.shape[1])[None, :]
+    count = jnp.where(state.done, 0, jnp.minimum(count, state.limit - state.lengths))
+    stops = jnp.isin(tokens, jnp.asarray(stop_tokens, jnp.int32)) & (offers < count[:, None])
+    stopped = stops.any(axis=1)
+    count = jnp.where(stopped, jnp.argmax(stops, axis=1) + 1, count)
+    offset = jnp.arange(state.tokens.shape[1])[None, :] - state.lengths[:, None]
+    offered = jnp.take_along_axis(tokens, jnp.clip(offset, 0, tokens.shape[1] - 1), axis=1)
+    newest = jnp.take_along_axis(tokens, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+    lengths = state.lengths + count
+    active = (~state.done).astype(jnp.int32)
+    stats = state.stats.replace(
+        steps=state.stats.steps + active,
+        emitted=state.stats.emitted + count,
+        target_calls=state.stats.target_calls + active,
+    )
+    return state.replace(
+        tokens=jnp.where((offset >= 0) & (offset < count[:, None]), offered, state.tokens),
+        lengths=lengths,
+        last=jnp.where(count > 0, newest, state.last),
+        done=state.done | stopped | (lengths >= state.limit),
+        stats=stats,
+    )

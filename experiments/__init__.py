@@ -1,0 +1,1 @@
+"""Thin mains: they parse, wire, print and save. Run them as `python -m experiments.NAME`."""

@@ -1,0 +1,261 @@
+"""Decodes prompts with a model by name or path: `python -m experiments.decode --prompt "Why is the sky blue?"`.
+
+Prints the texts and a table of speeds, or one JSON object per prompt (`--output json`) with the keys prompt, text,
+token_ids, stats, seconds {load, compile, prefill, decode} and device. Prompts of a batch share their seconds; `compile`
+is 0 where nothing new was compiled.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments.config import load_config
+from experiments.runtime import run_main, setup_runtime
+from models.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+    """Settings of methods that sample; None keeps the method's default."""
+
+    temperature: float | None = None  # >= 0; 0 is greedy
+    top_k: int | None = None  # keep the k most likely tokens; 0 keeps all
+    top_p: float | None = None  # (0, 1]; keep the smallest set with this mass
+    min_p: float | None = None  # [0, 1]; keep tokens with this share of the top probability
+    repetition_penalty: float | None = None  # > 0; 1 changes nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """One decoding run."""
+
+    model: str = "smollm2-135m-instruct"  # a registry name, a .gguf file, or a model folder
+    dtype: Literal["float32", "bfloat16"] | None = None  # None: as stored (GGUF: float32)
+    prompt: tuple[str, ...] = ()  # prompts; repeat the flag for several
+    prompts: Path | None = None  # a JSON Lines file whose objects have a "prompt"
+    chat: bool = True  # put prompts through the model's chat template, where it has one
+    method: str = "greedy"  # a decoding method
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # the method's own static options
+    sampling: SamplingSettings = SamplingSettings()
+    seed: int = 0  # prompt i samples with seed + i
+    max_new_tokens: int = 128  # per prompt
+    batch_size: int = 1  # prompts decoded together
+    stream: bool = False  # print text as it is made (needs batch_size 1 and text output)
+    output: Literal["text", "json"] = "text"
+    save: Path | None = None  # also write the JSON lines here
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.max_new_tokens < 1:
+            raise ValueError("batch_size and max_new_tokens must be at least 1")
+        if self.stream and (self.batch_size > 1 or self.output == "json"):
+            raise ValueError("stream needs batch_size 1 and output text")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One decoded prompt: a line of the JSON output."""
+
+    prompt: str
+    text: str
+    token_ids: list[int]
+    stats: dict[str, int]  # see decoding.state.DecodeStats, and prompt_tokens
+    seconds: dict[str, float]  # load, compile, prefill, decode
+    device: str
+
+
+def read_prompts(config: DecodeConfig) -> list[str]:
+    """Returns the prompts of the flags and then of the file.
+
+    Raises:
+        InputError: no prompt at all, an empty one, or a bad line in the file (named by number).
+    """
+    prompts = list(config.prompt)
+    if config.prompts is not None:
+        prompts += list(_read_lines(config.prompts))
+    if not prompts:
+        raise InputError("no prompts: pass --prompt TEXT (repeatable) or --prompts FILE.jsonl")
+    for index, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise InputError(f"prompt {index + 1} is empty; give it some text")
+    return prompts
+
+
+def _read_lines(path: Path) -> Iterator[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise InputError(f"no such prompts file: {path}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the prompts file {path}: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f'{path}:{number}: wanted an object like {{"prompt": "text"}}, got {line:.80}') from error
+        if not isinstance(prompt, str):
+            raise InputError(f"{path}:{number}: the prompt must be text, got {prompt!r:.80}")
+        yield prompt
+
+
+class Session:
+    """A loaded model with one decode function; decodes batches and keeps what is compiled."""
+
+    def __init__(self, config: DecodeConfig):
+        """Loads the model; raises InputError for whatever the config has wrong about it."""
+        import jax
+
+        from decoding import make_decode_fn
+        from models import load_model
+
+        begin = time.perf_counter()
+        self.model, self.params, self.tokenizer = load_model(config.model, config.dtype)
+        jax.block_until_ready(self.params)
+        self.load_seconds = time.perf_counter() - begin
+        if self.tokenizer is None:
+            raise InputError(f"{config.model} has no tokenizer.json: put the model's tokenizer.json into the folder")
+        self.config = config
+        self.decode_fn = make_decode_fn(
+            self.model,
+            config.method,
+            max_new_tokens=config.max_new_tokens,
+            stop_tokens=self.tokenizer.stop_ids,
+            **config.options,
+        )
+        self._compiled: dict[tuple[int, ...], Any] = {}
+        self.device = str(jax.devices()[0].device_kind)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Returns the ids of a prompt, through the chat template where there is one and the config wants it."""
+        if self.config.chat and self.tokenizer.chat_template is not None:
+            return self.tokenizer.encode_chat(prompt)
+        return self.tokenizer.encode(prompt)
+
+    def decode(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Record]:
+        """Decodes one batch; with `stream` its text is printed as it is made."""
+        import jax
+
+        from decoding.stream import stream_state
+
+        settings = {k: v for k, v in dataclasses.asdict(self.config.sampling).items() if v is not None}
+        ids = [self.encode(prompt) for prompt in prompts]
+        inputs = self.decode_fn.inputs(ids, seeds, **settings)
+        begin = time.perf_counter()
+        shape = inputs[0].tokens.shape
+        new = shape not in self._compiled
+        if new:
+            self._compiled[shape] = self.decode_fn.compile(self.params, *inputs)
+        start, advance = self._compiled[shape]
+        compiled = time.perf_counter()
+        state = jax.block_until_ready(start(self.params, *inputs))
+        filled = time.perf_counter()
+        if self.config.stream:
+            pieces = stream_state(advance, self.params, state, self.tokenizer)
+            state = _print_pieces(pieces)
+        else:
+            state = jax.block_until_ready(advance(self.params, state))
+        seconds = {
+            "load": self.load_seconds,
+            "compile": compiled - begin if new else 0.0,
+            "prefill": filled - compiled,
+            "decode": time.perf_counter() - filled,
+        }
+        return [self._record(row, prompt, ids[row], state, seconds) for row, prompt in enumerate(prompts)]
+
+    def _record(self, row: int, prompt: str, ids: list[int], state: Any, seconds: dict[str, float]) -> Record:
+        tokens = state.tokens[row, : int(state.lengths[row])].tolist()
+        counts = {field.name: int(getattr(state.stats, field.name)[row]) for field in dataclasses.fields(state.stats)}
+        stats = {"prompt_tokens": len(ids), **counts}
+        return Record(prompt, self.tokenizer.decode(tokens), tokens, stats, seconds, self.device)
+
+
+def _print_pieces(pieces: Iterator[str]) -> Any:
+    """Prints pieces of text as they come and returns the generator's value."""
+    while True:
+        try:
+            print(next(pieces), end="", flush=True)
+        except StopIteration as stop:
+            print()
+            return stop.value
+
+
+def speed_table(records: Sequence[Record]) -> str:
+    """Returns a table with a line per prompt and a total: tokens, seconds, and new tokens per second of decoding."""
+    lines = [f"{'prompt':<40} {'tokens':>6} {'new':>5} {'prefill s':>9} {'decode s':>8} {'tokens/s':>8}"]
+
+    def line(name: str, prompt_tokens: int, new: int, prefill: float, decode: float) -> str:
+        name = name if len(name) <= 40 else name[:37] + "..."
+        return f"{name:<40} {prompt_tokens:>6} {new:>5} {prefill:>9.2f} {decode:>8.2f} {new / decode:>8.1f}"
+
+    for r in records:
+        name = " ".join(r.prompt.split())
+        lines.append(
+            line(name, r.stats["prompt_tokens"], r.stats["emitted"], r.seconds["prefill"], r.seconds["decode"])
+        )
+    batches = {id(r.seconds): r.seconds for r in records}.values()
+    prefill, decode = sum(s["prefill"] for s in batches), sum(s["decode"] for s in batches)
+    sums = [sum(r.stats[key] for r in records) for key in ("prompt_tokens", "emitted")]
+    return "\n".join([*lines, line("all", *sums, prefill, decode)])
+
+
+def main() -> None:
+    """Loads the config and the model, decodes every prompt, prints and saves."""
+    config = load_config(DecodeConfig, prog="python -m experiments.decode", description=(__doc__ or "").split("\n")[0])
+    prompts = read_prompts(config)
+    setup_runtime()
+    session = Session(config)
+    records = []
+    sink = _Sink(config.save)
+    for start in range(0, len(prompts), config.batch_size):
+        batch = prompts[start : start + config.batch_size]
+        if config.stream:
+            print(f"\n>>> {batch[0]}")
+        done = session.decode(batch, [config.seed + start + i for i in range(len(batch))])
+        for record in done:
+            sink.write(record)
+            if config.output == "json":
+                print(json.dumps(dataclasses.asdict(record), ensure_ascii=False), flush=True)
+            elif not config.stream:
+                print(f"\n>>> {record.prompt}\n{record.text}", flush=True)
+        records += done
+    sink.close()
+    if config.output == "text":
+        compile_seconds = sum({id(r.seconds): r.seconds["compile"] for r in records}.values())
+        print(f"\n{config.model} on {session.device}, method {config.method}")
+        print(f"loaded in {session.load_seconds:.1f} s, compiled in {compile_seconds:.1f} s\n")
+        print(speed_table(records))
+        if config.save is not None:
+            print(f"\nresults saved in {config.save}")
+
+
+class _Sink:
+    """JSON lines into a file that gets its name when it is complete; lines written before an interruption stay in
+    `.partial`.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        try:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.partial = path.with_name(path.name + ".partial")
+                self.file = self.partial.open("w", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error}") from error
+
+    def write(self, record: Record) -> None:
+        if self.path is not None:
+            print(json.dumps(dataclasses.asdict(record), ensure_ascii=False), file=self.file, flush=True)
+
+    def close(self) -> None:
+        if self.path is not None:
+            self.file.close()
+            self.partial.replace(self.path)
+
+
+if __name__ == "__main__":
+    run_main(main)

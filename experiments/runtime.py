@@ -1,0 +1,48 @@
+"""What every main does around its work: clean errors, exit codes, and XLA's compilation cache.
+
+    if __name__ == "__main__":
+        run_main(main)
+
+`main` loads its config first and calls `setup_runtime()` after, so that `--help` and config errors never wait for JAX.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from models.errors import InputError
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Runs a main and turns what the user can mend into a message.
+
+    Any exception but these two is a bug of ours and keeps its traceback.
+
+    Raises:
+        SystemExit: code 2 after an InputError (its message is on stderr as "error: ..."), code 130 after Ctrl-C.
+    """
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def setup_runtime() -> None:
+    """Turns on XLA's persistent compilation cache in $FLEETLM_CACHE/xla, ~/.cache/fleetlm/xla by default.
+
+    Compilations of half a second or more are kept between runs. When JAX_COMPILATION_CACHE_DIR is set, the cache and
+    its thresholds stay as the user has them. Call it before the first compilation.
+    """
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    import jax
+
+    folder = Path(os.environ.get("FLEETLM_CACHE") or "~/.cache/fleetlm").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

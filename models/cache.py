@@ -1,0 +1,119 @@
+"""The KV cache as a value.
+
+Rows of a batch differ in length and nothing is padded to the slowest row: row b holds `length[b]` tokens in slots
+0..length[b]-1, slot i holding position i. Slots from `length[b]` on are stale: finite, and hidden by the length. A
+forward pass writes its keys and values at slots length..length+T-1 and leaves `length` alone; the caller then says
+which of those rows stay (`commit`).
+
+Axis letters: B batch, S slots, K key/value heads, Dh head width, W rows of one forward pass, C rows kept at most.
+Layers are stored [B, K, S, Dh]: each head's keys are one contiguous matrix, which every backend multiplies without
+copying the cache.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from models.config import AttentionConfig
+
+
+@struct.dataclass
+class LayerCache:
+    """One layer's part of the cache.
+
+    Attributes:
+        k: [B, K, S, Dh] keys, already rotated.
+        v: [B, K, S, Dh] values.
+        length: i32[B], tokens already in the cache (the same array for every layer).
+    """
+
+    k: jax.Array
+    v: jax.Array
+    length: jax.Array
+
+
+@struct.dataclass
+class KVCache:
+    """The cache of a whole model.
+
+    Attributes:
+        k: one [B, K, S, Dh] array per layer.
+        v: one [B, K, S, Dh] array per layer.
+        length: i32[B], tokens already in the cache.
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    length: jax.Array
+
+    @property
+    def num_slots(self) -> int:
+        """S, the tokens that fit."""
+        return self.k[0].shape[2]
+
+    def layer(self, index: int) -> LayerCache:
+        """Returns the part of layer `index`."""
+        return LayerCache(self.k[index], self.v[index], self.length)
+
+    def with_layer(self, index: int, layer: LayerCache) -> "KVCache":
+        """Returns the cache with the keys and values of layer `index` replaced."""
+        k, v = list(self.k), list(self.v)
+        k[index], v[index] = layer.k, layer.v
+        return self.replace(k=tuple(k), v=tuple(v))
+
+
+def init_cache(layers: Sequence[AttentionConfig], batch: int, num_slots: int, dtype: jnp.dtype) -> KVCache:
+    """Returns an empty cache of `num_slots` slots per row for the given attention layers."""
+    shapes = [(batch, layer.num_kv_heads, num_slots, layer.head_dim) for layer in layers]
+    return KVCache(
+        k=tuple(jnp.zeros(shape, dtype) for shape in shapes),
+        v=tuple(jnp.zeros(shape, dtype) for shape in shapes),
+        length=jnp.zeros((batch,), jnp.int32),
+    )
+
+
+def append(layer: LayerCache, k: jax.Array, v: jax.Array) -> LayerCache:
+    """Writes k, v: [B, T, K, Dh] at slots length..length+T-1 of each row; the length stays.
+
+    The caller keeps length + T <= S: like any dynamic slice, a write that would pass the end is moved back until it
+    fits.
+    """
+    return layer.replace(k=_write(layer.k, k, layer.length), v=_write(layer.v, v, layer.length))
+
+
+def commit(cache: KVCache, rows: jax.Array | None, count: jax.Array) -> KVCache:
+    """Keeps `count[b]` of the rows that the last forward pass wrote behind row b's length.
+
+    Args:
+        cache: the cache that the forward pass returned; `length` is still the one before the pass.
+        rows: i32[B, C] or None. Row index (0 = first written) of each kept token in order; entries from `count` on are
+            ignored. None keeps the first `count` rows where they are (a chain needs no moving).
+        count: i32[B], between 0 and C.
+
+    Rotary phases stay right when a tree row moves: it was rotated with position length + depth, the slot it moves to.
+    """
+    if rows is not None:
+        k = tuple(_compact(x, rows, cache.length) for x in cache.k)
+        v = tuple(_compact(x, rows, cache.length) for x in cache.v)
+        cache = cache.replace(k=k, v=v)
+    return cache.replace(length=cache.length + count)
+
+
+def crop(cache: KVCache, length: jax.Array) -> KVCache:
+    """Forgets everything from `length` (i32[B]) on; a row that is shorter already stays as it is."""
+    return cache.replace(length=jnp.minimum(cache.length, length))
+
+
+def _write(buffer: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:
+    """buffer [B, K, S, Dh], values [B, T, K, Dh], start i32[B]."""
+    values = jnp.swapaxes(values, 1, 2).astype(buffer.dtype)
+    return jax.vmap(lambda row, new, slot: jax.lax.dynamic_update_slice(row, new, (0, slot, 0)))(buffer, values, start)
+
+
+def _compact(buffer: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+    """Moves rows start+rows to start, start+1, ... in each batch row."""
+    slots = start[:, None] + rows
+    kept = jnp.take_along_axis(buffer, slots[:, None, :, None], axis=2, mode="clip")
+    return _write(buffer, jnp.swapaxes(kept, 1, 2), start)

@@ -1,0 +1,161 @@
+"""What a model is made of, as frozen (hashable) dataclasses: one per architecture part.
+
+A `DecoderConfig` lists its blocks one by one, so layers that differ (Gemma's local and global attention, streaming
+heads, mixed experts) need no special field: they are different entries of `blocks`.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import pydantic
+
+from models.errors import InputError
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How the rotary frequencies are stretched to reach beyond the length a model was trained on.
+
+    Attributes:
+        kind: `linear` divides every frequency by `factor`; `llama3` divides the low ones and blends in between (Llama
+            3.1 report, section 3.2.1 and its released code); `yarn` blends by rotations per original length (YaRN,
+            2309.00071, section 3.2).
+        factor: how many times longer the context becomes, >= 1.
+        original_length: tokens; the context the model was trained on (llama3, yarn).
+        low_frequency_factor: llama3; frequencies with fewer rotations per `original_length` are divided by `factor`.
+        high_frequency_factor: llama3; frequencies with more rotations stay.
+        beta_fast: yarn; dimensions with more rotations than this stay.
+        beta_slow: yarn; dimensions with fewer rotations than this are divided by `factor`.
+        attention_factor: yarn; multiplies cos and sin. None means 0.1 ln(factor) + 1 (YaRN, equation 22).
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_length: int = 8192
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions (RoFormer, 2104.09864): the base of the frequencies and how they are stretched."""
+
+    theta: float = 10_000.0
+    scaling: RopeScaling | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """One attention layer.
+
+    Attributes:
+        num_heads: query heads H.
+        num_kv_heads: key/value heads K; divides H.
+        head_dim: Dh.
+        qkv_bias: whether q, k and v have biases.
+        out_bias: whether the output projection has one.
+        qk_norm: whether q and k pass an RMSNorm over Dh before the rotation.
+        rope: rotary positions, or None (learned positions, or none at all).
+        scale: factor on q k^T; None means Dh ** -0.5.
+        window: a query sees the last `window` positions, itself included; None means all.
+        softcap: scores become softcap * tanh(scores / softcap); None means no cap.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+    rope: RopeConfig | None = RopeConfig()
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.rope is not None and self.head_dim % 2:
+            raise InputError(f"rotary positions need an even head_dim, got {self.head_dim}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPConfig:
+    """One feed-forward layer of width F: down(act(gate x) * up x) when gated, down(act(up x)) when not."""
+
+    width: int
+    activation: Activation = "silu"
+    gated: bool = True
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class NormConfig:
+    """RMSNorm (`rms`) or LayerNorm with bias (`layer`)."""
+
+    kind: Literal["rms", "layer"] = "rms"
+    epsilon: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """One pre-norm transformer block; `post_norms` adds a norm at the end of each branch (Gemma 2 and 3)."""
+
+    attention: AttentionConfig
+    mlp: MLPConfig
+    norm: NormConfig = NormConfig()
+    post_norms: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only model.
+
+    Attributes:
+        family: the architecture's name in `models.families`.
+        vocab_size: V, rows of the embedding (may exceed the tokenizer's ids by padding rows).
+        width: D.
+        blocks: one entry per layer.
+        max_length: tokens; the longest context the model was made for.
+        norm: the final norm.
+        tied_embeddings: whether the embedding also gives the logits.
+        embedding_scale: factor on the embeddings (Gemma: sqrt(D)).
+        learned_positions: whether a table of `max_length` learned positions is added to the embeddings (GPT-2).
+        logit_softcap: logits become softcap * tanh(logits / softcap); None means no cap.
+    """
+
+    family: str
+    vocab_size: int
+    width: int
+    blocks: tuple[BlockConfig, ...]
+    max_length: int
+    norm: NormConfig = NormConfig()
+    tied_embeddings: bool = False
+    embedding_scale: float = 1.0
+    learned_positions: bool = False
+    logit_softcap: float | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """The number of blocks, L."""
+        return len(self.blocks)
+
+
+def config_to_dict(config: DecoderConfig) -> dict[str, Any]:
+    """Returns the config as plain JSON values; `config_from_dict` reads them back to an equal config."""
+    return dataclasses.asdict(config)
+
+
+def config_from_dict(values: dict[str, Any]) -> DecoderConfig:
+    """Reads what `config_to_dict` wrote; raises InputError for a field that is missing or of the wrong type."""
+    try:
+        return pydantic.TypeAdapter(DecoderConfig).validate_python(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"model config: {path}: {first['msg']}, got {first['input']!r:.80}") from error

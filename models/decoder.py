@@ -1,0 +1,155 @@
+"""The decoder-only model: the one implementation behind every family of `models.families`.
+
+`embed`, `layers` and `unembed` are the three parts of a forward pass; calling the model chains them. Everything it
+needs is an argument and everything it makes is returned, so a caller can run some of the layers, feed embeddings in
+place of tokens, roll the cache back, or hand in another attention policy.
+
+Axis letters: B batch, T query length, D model width, V vocabulary.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from models.attention import Attend, Attention, dense_attend
+from models.cache import KVCache
+from models.config import BlockConfig, DecoderConfig
+from models.layers import MLP, Embedding, Linear, Norm, rotary_table, softcap
+
+
+@struct.dataclass
+class Output:
+    """What a forward pass returns.
+
+    Attributes:
+        logits: f32[B, T, V].
+        hidden: {i: [B, T, D]} for each requested i: the residual stream before layer i (0 is the embedding, L the last
+            layer's output).
+        cache: the cache with T rows written and its length unchanged (`models.cache.commit` moves it), or None.
+        aux: the attend policy's context after the last layer.
+    """
+
+    logits: jax.Array
+    hidden: dict[int, jax.Array]
+    cache: KVCache | None
+    aux: Any
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block: [B, T, D] -> [B, T, D]."""
+
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(self, x, rotary, cache, attend: Attend, ctx, layer: int):
+        """Returns (x, cache, ctx) after the block; see `models.attention.Attention`."""
+        config = self.config
+        normed = Norm(config.norm, name="attention_norm")(x)
+        attention = Attention(config.attention, config.norm, name="attention")
+        out, cache, ctx = attention(normed, rotary, cache, attend, ctx, layer)
+        if config.post_norms:
+            out = Norm(config.norm, name="post_attention_norm")(out)
+        x = x + out
+        out = MLP(config.mlp, name="mlp")(Norm(config.norm, name="mlp_norm")(x))
+        if config.post_norms:
+            out = Norm(config.norm, name="post_mlp_norm")(out)
+        return x + out, cache, ctx
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer. Parameters: `embedding`, `layers_0`.., `final_norm`, `unembed` (when not tied)."""
+
+    config: DecoderConfig
+
+    def setup(self) -> None:
+        """Makes the submodules; blocks are unrolled, so that a layer can be reached by its index."""
+        config = self.config
+        self.embedding = Embedding(config.vocab_size, config.width)
+        if config.learned_positions:
+            self.positions = Embedding(config.max_length, config.width)
+        for index, block in enumerate(config.blocks):
+            setattr(self, f"layers_{index}", Block(block))
+        self.final_norm = Norm(config.norm)
+        if not config.tied_embeddings:
+            self.unembedding = Linear(config.vocab_size)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        cache: KVCache | None = None,
+        attend: Attend = dense_attend,
+        ctx: Any = None,
+        collect: tuple[int, ...] = (),
+    ) -> Output:
+        """Runs the whole model on tokens i32[B, T]; see `layers` for the arguments and `Output` for what comes back."""
+        positions = next_positions(tokens, cache) if positions is None else positions
+        x = self.embed(tokens, positions)
+        x, hidden, cache, aux = self.layers(x, positions, cache, attend, ctx, collect=collect)
+        return Output(self.unembed(x), hidden, cache, aux)
+
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """Maps tokens i32[B, T] at positions i32[B, T] to the residual stream [B, T, D]."""
+        x = self.embedding(tokens)
+        x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        return x + self.positions(positions) if self.config.learned_positions else x
+
+    def layers(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        cache: KVCache | None = None,
+        attend: Attend = dense_attend,
+        ctx: Any = None,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        collect: tuple[int, ...] = (),
+    ) -> tuple[jax.Array, dict[int, jax.Array], KVCache | None, Any]:
+        """Runs blocks start..stop-1.
+
+        Args:
+            x: [B, T, D] residual stream before block `start`.
+            positions: i32[B, T] rotary positions of the T tokens.
+            cache: the whole model's cache, or None when the T tokens are all there is.
+            attend: the attention policy.
+            ctx: the policy's context before block `start`.
+            start: first block to run.
+            stop: one past the last block to run; None runs to the end.
+            collect: which residual streams to return, by the index of the block they enter (L: after the last one).
+
+        Returns:
+            (x, {i: hidden}, cache, ctx) after block stop-1.
+        """
+        stop = self.config.num_layers if stop is None else stop
+        ropes = {(b.attention.rope, b.attention.head_dim) for b in self.config.blocks[start:stop]}
+        tables = {rope: rotary_table(*rope, positions) for rope in ropes if rope[0] is not None}
+        hidden = {}
+        for index in range(start, stop):
+            if index in collect:
+                hidden[index] = x
+            attention = self.config.blocks[index].attention
+            layer_cache = None if cache is None else cache.layer(index)
+            block = getattr(self, f"layers_{index}")
+            rotary = tables.get((attention.rope, attention.head_dim))
+            x, layer_cache, ctx = block(x, rotary, layer_cache, attend, ctx, index)
+            cache = None if cache is None else cache.with_layer(index, layer_cache)
+        if stop in collect:
+            hidden[stop] = x
+        return x, hidden, cache, ctx
+
+    def unembed(self, x: jax.Array) -> jax.Array:
+        """Maps the residual stream after the last block, [..., D], to logits f32[..., V]."""
+        x = self.final_norm(x)
+        logits = self.embedding.scores(x) if self.config.tied_embeddings else self.unembedding(x)
+        return softcap(logits.astype(jnp.float32), self.config.logit_softcap)
+
+
+def next_positions(tokens: jax.Array, cache: KVCache | None) -> jax.Array:
+    """Returns i32[B, T]: the positions of T tokens that follow what is in the cache (or start from 0 without one)."""
+    steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    start = jnp.zeros((tokens.shape[0], 1), jnp.int32) if cache is None else cache.length[:, None]
+    return start + steps

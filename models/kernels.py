@@ -1,0 +1,58 @@
+"""Kernel values: what a linear layer multiplies with.
+
+A layer calls `kernel.dot(x)` and never asks what the kernel is. Adapters, quantisation and neuron selection replace
+entries of the parameter tree by other kernel values; no layer is ever forked. A bare array in the parameter tree is a
+dense kernel.
+
+Axis letters: I input features, O output features.
+"""
+
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@runtime_checkable
+class Kernel(Protocol):
+    """What a linear layer needs of its kernel. Implementations are pytrees, to stand in a parameter tree."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(I, O) of the matrix that this kernel stands for."""
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        """Maps [..., I] to [..., O] in x's dtype."""
+
+    def materialize(self) -> jax.Array:
+        """Returns the matrix itself, [I, O]: equals `dot` of the identity."""
+
+
+@struct.dataclass
+class Dense:
+    """A plain matrix, w: [I, O].
+
+    Inputs come first because that order multiplies few rows (a decode step, a draft tree) fastest: on a CPU the other
+    order costs up to twice as much from two rows on.
+    """
+
+    w: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(I, O)."""
+        return self.w.shape
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        """Returns x w, [..., O]."""
+        return jnp.matmul(x, self.w)
+
+    def materialize(self) -> jax.Array:
+        """Returns w."""
+        return self.w
+
+
+def as_kernel(value: jax.Array | Kernel) -> Kernel:
+    """Returns a kernel value as it is, and a bare array as `Dense`."""
+    return value if isinstance(value, Kernel) else Dense(value)

@@ -1,0 +1,168 @@
+"""The small parts that every network here is built from: linear layers, norms, embeddings, rotary positions, MLPs.
+
+Axis letters: B batch, T query length, D model width, F feed-forward width, V vocabulary, H heads, Dh head width.
+Norms and rotations compute in float32 and return the dtype they were given.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.config import MLPConfig, NormConfig, RopeConfig, RopeScaling
+from models.kernels import as_kernel
+
+_ACTIVATIONS = {
+    "silu": nn.silu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "relu": nn.relu,
+}
+_kernel_init = nn.initializers.normal(0.02)
+
+
+class Linear(nn.Module):
+    """y = kernel.dot(x) (+ bias): [..., I] -> [..., features].
+
+    The kernel is read from the parameters as whatever kernel value stands there (`models.kernels`); a fresh one is a
+    bare [I, features] array.
+    """
+
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [..., I] to [..., features]."""
+        if self.has_variable("params", "kernel"):
+            kernel = self.get_variable("params", "kernel")
+        else:
+            kernel = self.param("kernel", _kernel_init, (x.shape[-1], self.features))
+        y = as_kernel(kernel).dot(x)
+        if self.use_bias:
+            y = y + _along_last(self.param("bias", nn.initializers.zeros, (self.features,)), y)
+        return y
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last axis, in float32.
+
+    `scale` multiplies as it stands: checkpoints that store scale - 1 (Gemma) have the one added when they are loaded.
+    """
+
+    config: NormConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises x [..., D]."""
+        wide = x.astype(jnp.float32)
+        if self.config.kind == "layer":
+            wide = wide - wide.mean(-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.config.epsilon)
+        wide = wide * _along_last(self.param("scale", nn.initializers.ones, x.shape[-1:]), wide)
+        if self.config.kind == "layer":
+            wide = wide + _along_last(self.param("bias", nn.initializers.zeros, x.shape[-1:]), wide)
+        return wide.astype(x.dtype)
+
+
+class Embedding(nn.Module):
+    """A table of `num` rows of width `width`: ids to vectors, and vectors back to scores over the ids."""
+
+    num: int
+    width: int
+
+    def setup(self) -> None:
+        """Makes the table, [num, width]."""
+        self.embedding = self.param("embedding", _kernel_init, (self.num, self.width))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Looks up ids i32[...], giving [..., width]."""
+        return jnp.take(self.embedding, ids, axis=0, mode="clip")
+
+    def scores(self, x: jax.Array) -> jax.Array:
+        """Returns x times the table's transpose: [..., width] -> f32[..., num]."""
+        return jnp.einsum("...d,vd->...v", x, self.embedding, preferred_element_type=jnp.float32)
+
+
+class MLP(nn.Module):
+    """down(act(gate x) * up x) when gated, down(act(up x)) when not: [..., D] -> [..., D]."""
+
+    config: MLPConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [..., D] to [..., D]."""
+        width, bias, activation = self.config.width, self.config.bias, _ACTIVATIONS[self.config.activation]
+        inner = Linear(width, bias, name="up")(x)
+        if self.config.gated:
+            inner = activation(Linear(width, bias, name="gate")(x)) * inner
+        else:
+            inner = activation(inner)
+        return Linear(x.shape[-1], bias, name="down")(inner)
+
+
+def rotary_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
+    """Returns (f32[Dh/2] radians per position, factor on cos and sin) for a head of width `head_dim`."""
+    inverse = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if rope.scaling is None:
+        return inverse.astype(np.float32), 1.0
+    stretched = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}[rope.scaling.kind](inverse, rope, head_dim)
+    return stretched.astype(np.float32), _attention_factor(rope.scaling)
+
+
+def rotary_table(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (cos, sin), f32[B, T, 1, Dh/2], at `positions` i32[B, T]."""
+    frequencies, factor = rotary_frequencies(rope, head_dim)
+    angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies)[None, None, None]
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates x [B, T, H, Dh] by a `rotary_table`; component i pairs with i + Dh/2 (the half-split order)."""
+    cos, sin = table
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    """Returns cap * tanh(x / cap), or x itself when there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def _along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns the vector with x's dtype and rank, to be combined with x's last axis."""
+    return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _attention_factor(scaling: RopeScaling) -> float:
+    if scaling.kind != "yarn":
+        return 1.0
+    return 0.1 * math.log(scaling.factor) + 1.0 if scaling.attention_factor is None else scaling.attention_factor
+
+
+def _linear(inverse: np.ndarray, rope: RopeConfig, head_dim: int) -> np.ndarray:
+    return inverse / rope.scaling.factor
+
+
+def _llama3(inverse: np.ndarray, rope: RopeConfig, head_dim: int) -> np.ndarray:
+    scaling = rope.scaling
+    rotations = scaling.original_length * inverse / (2 * math.pi)
+    span = scaling.high_frequency_factor - scaling.low_frequency_factor
+    keep = np.clip((rotations - scaling.low_frequency_factor) / span, 0.0, 1.0)
+    return inverse * (keep + (1 - keep) / scaling.factor)
+
+
+def _yarn(inverse: np.ndarray, rope: RopeConfig, head_dim: int) -> np.ndarray:
+    scaling = rope.scaling
+
+    def dimension(rotations: float) -> float:
+        """The (fractional) index whose frequency makes that many rotations over the original length."""
+        ratio = scaling.original_length / (rotations * 2 * math.pi)
+        return head_dim * math.log(ratio) / (2 * math.log(rope.theta))
+
+    low = max(math.floor(dimension(scaling.beta_fast)), 0)
+    high = min(math.ceil(dimension(scaling.beta_slow)), head_dim - 1)
+    ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    return inverse * ((1 - ramp) + ramp / scaling.factor)

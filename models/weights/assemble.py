@@ -1,0 +1,105 @@
+"""Fills a model's parameters from a checkpoint's tensors by a family's name table.
+
+Every source tensor and every parameter is used exactly once; what is left over on either side is an error that lists
+both.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from models.errors import InputError
+from models.families.common import PREFIXES, Row
+
+_WORKERS = 2
+
+
+def parameter_shapes(model: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns {"layers_0/attention/q/kernel": shape, ...} for every parameter of the model, without making any."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"], sep="/")
+
+
+def assemble(
+    config: DecoderConfig,
+    table: Mapping[str, Row],
+    names: Sequence[str],
+    read: Callable[[str], np.ndarray],
+    *,
+    ignored: Sequence[str],
+    dtype: jnp.dtype | None,
+) -> dict[str, Any]:
+    """Returns the parameter tree of `Decoder(config)`.
+
+    Args:
+        config: the model.
+        table: the family's name table for this kind of checkpoint.
+        names: the checkpoint's tensors.
+        read: returns one tensor by its name in `names`.
+        ignored: regular expressions of tensors that hold no parameter.
+        dtype: what the parameters are stored in; None keeps each as it is read.
+
+    Raises:
+        InputError: a parameter without a tensor, a tensor without a parameter, or a shape that does not fit.
+    """
+    shapes = parameter_shapes(Decoder(config))
+    by_source = {_strip_prefix(name): name for name in names}
+    wanted = {path: _row(path, table) for path in shapes}
+    used = {row.source for row in wanted.values() if row is not None}
+    missing = [path for path, row in wanted.items() if row is None or row.source not in by_source]
+    unused = [
+        name
+        for source, name in by_source.items()
+        if source not in used and not any(re.search(p, name) or re.search(p, source) for p in ignored)
+    ]
+    if config.tied_embeddings:  # some savers write the tied unembedding a second time
+        unused = [name for name in unused if _strip_prefix(name) != table["unembedding/kernel"].source]
+    if missing or unused:
+        raise InputError(
+            f"the checkpoint does not fit a {config.family} model of this config: "
+            f"parameters without a tensor: {_some(missing)}; tensors without a parameter: {_some(unused)}"
+        )
+
+    def load(path: str) -> jax.Array:
+        row = wanted[path]
+        layer = re.match(r"layers_(\d+)/", path)
+        attention = config.blocks[int(layer[1])].attention if layer else None
+        values = row.convert(read(by_source[row.source]), attention)
+        if values.shape != shapes[path].shape:
+            raise InputError(
+                f"tensor {by_source[row.source]!r} gives {path} the shape {values.shape}, "
+                f"but the config says {shapes[path].shape}"
+            )
+        return jnp.asarray(np.ascontiguousarray(values, dtype=dtype))
+
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        arrays = dict(zip(shapes, pool.map(load, shapes), strict=True))
+    return unflatten_dict(arrays, sep="/")
+
+
+def _strip_prefix(name: str) -> str:
+    for prefix in PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
+
+
+def _row(path: str, table: Mapping[str, Row]) -> Row | None:
+    layer = re.match(r"layers_(\d+)/", path)
+    if not layer:
+        return table.get(path)
+    row = table.get(path.replace(layer[0], "layers_{i}/", 1))
+    return row and row._replace(source=row.source.replace("{i}", layer[1]))
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more

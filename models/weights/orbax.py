@@ -1,0 +1,82 @@
+"""Model folders of our own: the parameters as an orbax checkpoint, the config as JSON, the tokenizer beside them.
+
+folder/fleetlm.json      {"format": 1, "config": {...}}
+folder/params/           orbax checkpoint of the parameter tree
+folder/tokenizer.json    (and tokenizer_config.json) when there is a tokenizer
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from models.config import DecoderConfig, config_from_dict, config_to_dict
+from models.decoder import Decoder
+from models.errors import InputError
+from models.weights.assemble import parameter_shapes
+from models.weights.safetensors import read_json
+from models.weights.tokenizer import Tokenizer
+
+CONFIG_NAME = "fleetlm.json"
+_FORMAT = 1
+
+
+def save_model(folder: Path | str, model: Decoder, params: Any, tokenizer: Tokenizer | None = None) -> None:
+    """Writes a model folder that `load_model` reads; dtypes are kept.
+
+    The folder appears complete or not at all. Raises InputError when it exists already or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise InputError(f"{folder} exists already; choose another folder or remove it first")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error}") from error
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(staging.absolute() / "params", params)
+        values = {"format": _FORMAT, "config": config_to_dict(model.config)}
+        (staging / CONFIG_NAME).write_text(json.dumps(values, indent=1), encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(staging)
+        os.replace(staging, folder)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """Returns the config of a model folder; raises InputError when it is of a newer format or damaged."""
+    values = read_json(folder / CONFIG_NAME)
+    if values.get("format") != _FORMAT:
+        raise InputError(f"{folder / CONFIG_NAME} has format {values.get('format')!r}; this version reads {_FORMAT}")
+    return config_from_dict(values.get("config", {}))
+
+
+def load_parameters(folder: Path, config: DecoderConfig, dtype: jnp.dtype | None) -> dict[str, Any]:
+    """Returns the parameter tree of a model folder, in `dtype` (None: as stored)."""
+    path = folder.absolute() / "params"
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            stored = flatten_dict(checkpointer.metadata(path).item_metadata.tree, sep="/")
+            wanted = parameter_shapes(Decoder(config))
+            if {k: tuple(v.shape) for k, v in stored.items()} != {k: v.shape for k, v in wanted.items()}:
+                raise InputError(f"{folder}: the parameters do not fit the config in {CONFIG_NAME}")
+            target = {k: jax.ShapeDtypeStruct(v.shape, dtype or stored[k].dtype) for k, v in wanted.items()}
+            sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            target = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding) for k, v in target.items()}
+            return checkpointer.restore(path, unflatten_dict(target, sep="/"))
+    except InputError:
+        raise
+    except (ValueError, OSError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is not a readable checkpoint (incomplete or damaged? {error})") from error

@@ -1,0 +1,48 @@
+"""A strict world for every test: no silent rank or dtype promotion, warnings are errors (pyproject.toml), several CPU
+devices.
+"""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from models.config import AttentionConfig, BlockConfig, DecoderConfig, MLPConfig, RopeConfig
+from models.decoder import Decoder
+from models.errors import InputError
+from models.weights.load import LoadedModel, load_model
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def tiny_config() -> DecoderConfig:
+    """Three layers, grouped heads, the middle layer with a sliding window of 6."""
+    attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, rope=RopeConfig(100.0))
+    block = BlockConfig(attention, MLPConfig(48))
+    local = dataclasses.replace(block, attention=dataclasses.replace(attention, window=6))
+    return DecoderConfig("llama", vocab_size=61, width=32, blocks=(block, local, block), max_length=256)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> tuple[Decoder, dict]:
+    """(model, params) of a random three-layer model whose greedy text is varied."""
+    model = Decoder(tiny_config())
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return model, jax.tree.map(lambda x: x * 12.0 if x.ndim == 2 else x, params)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    """The default real model (98 MB, fetched on first use); skips where it cannot be fetched, but never in CI."""
+    try:
+        return load_model("smollm2-135m-instruct")
+    except InputError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"the default model is not here and cannot be fetched: {error}")
