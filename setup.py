@@ -37,12 +37,10 @@ setup(
         "tokenizers>=0.21",
         "huggingface_hub>=0.34",
         "filelock>=3.16",
-        "requests>=2.31",
-        "jinja2>=3.1",
+        "jinja2>=3.1.6",
         "pydantic>=2.10",
         "tyro>=1.0",
         "pyyaml>=6",
-        "tqdm>=4.66",
     ],
     extras_require={
         "cuda": ["jax[cuda13]>=0.10.2"],

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 from flax import struct
 
 
+_BLOCK = 256
+
+
 @struct.dataclass
 class Sampling:
     """How each row samples.
@@ -62,9 +65,28 @@ def process_logits(logits: jax.Array, sampling: Sampling, seen: jax.Array) -> ja
 
 
 def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
-    """Draws one token per row, i32[B], from f32[B, V] logits with one key per row (Gumbel-max)."""
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))(keys)
-    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+    """Draws one token per row, i32[B], from f32[B, V] logits with one key per row.
+
+    Inverts the cumulative distribution at one uniform number: first over blocks of the vocabulary, then inside a block.
+    On a CPU this costs a tenth of Gumbel noise for every entry. A token of probability 0 is never drawn.
+    """
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    padding = -logits.shape[-1] % _BLOCK
+    blocks = jnp.pad(probabilities, ((0, 0), (0, padding))).reshape(logits.shape[0], -1, _BLOCK)
+    ends = jnp.cumsum(blocks.sum(axis=-1), axis=-1)
+    target = jax.vmap(jax.random.uniform)(keys) * ends[:, -1]
+    block = _first_above(ends, target, jnp.any(blocks > 0, axis=-1))
+    rows = jnp.arange(logits.shape[0])
+    start = jnp.where(block > 0, ends[rows, block - 1], 0.0)
+    inside = blocks[rows, block]
+    return block * _BLOCK + _first_above(jnp.cumsum(inside, axis=-1), target - start, inside > 0)
+
+
+def _first_above(ends: jax.Array, target: jax.Array, possible: jax.Array) -> jax.Array:
+    """Returns, i32[B], the first index whose end (f32[B, X]) exceeds target (f32[B]); the last possible one if none."""
+    above = (ends > target[:, None]) & possible
+    last = possible.shape[1] - 1 - jnp.argmax(possible[:, ::-1], axis=1)
+    return jnp.where(above.any(axis=1), jnp.argmax(above, axis=1), last).astype(jnp.int32)
 
 
 def row_keys(rng: jax.Array, batch: int) -> jax.Array:

@@ -5,10 +5,11 @@ token_ids, stats, seconds {load, compile, prefill, decode} and device. Prompts o
 is 0 where nothing new was compiled.
 """
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -209,52 +210,57 @@ def main() -> None:
     setup_runtime()
     session = Session(config)
     records = []
-    sink = _Sink(config.save)
-    for start in range(0, len(prompts), config.batch_size):
-        batch = prompts[start : start + config.batch_size]
-        if config.stream:
-            print(f"\n>>> {batch[0]}")
-        done = session.decode(batch, [config.seed + start + i for i in range(len(batch))])
-        for record in done:
-            sink.write(record)
-            if config.output == "json":
-                print(json.dumps(dataclasses.asdict(record), ensure_ascii=False), flush=True)
-            elif not config.stream:
-                print(f"\n>>> {record.prompt}\n{record.text}", flush=True)
-        records += done
-    sink.close()
+    with json_lines(config.save) as write:
+        for start in range(0, len(prompts), config.batch_size):
+            batch = prompts[start : start + config.batch_size]
+            if config.stream:
+                print(f"\n>>> {batch[0]}")
+            for record in session.decode(batch, [config.seed + start + i for i in range(len(batch))]):
+                records.append(record)
+                write(record)
+                if config.output == "json":
+                    print(_json(record), flush=True)
+                elif not config.stream:
+                    print(f"\n>>> {record.prompt}\n{record.text}", flush=True)
     if config.output == "text":
-        compile_seconds = sum({id(r.seconds): r.seconds["compile"] for r in records}.values())
-        print(f"\n{config.model} on {session.device}, method {config.method}")
-        print(f"loaded in {session.load_seconds:.1f} s, compiled in {compile_seconds:.1f} s\n")
-        print(speed_table(records))
-        if config.save is not None:
-            print(f"\nresults saved in {config.save}")
+        _print_summary(config, session, records)
 
 
-class _Sink:
-    """JSON lines into a file that gets its name when it is complete; lines written before an interruption stay in
-    `.partial`.
+def _print_summary(config: DecodeConfig, session: Session, records: Sequence[Record]) -> None:
+    compile_seconds = sum({id(r.seconds): r.seconds["compile"] for r in records}.values())
+    print(f"\n{config.model} on {session.device}, method {config.method}")
+    print(f"loaded in {session.load_seconds:.1f} s, compiled in {compile_seconds:.1f} s\n")
+    print(speed_table(records))
+    if config.save is not None:
+        print(f"\nresults saved in {config.save}")
+
+
+@contextlib.contextmanager
+def json_lines(path: Path | None) -> Iterator[Callable[[Record], None]]:
+    """Gives a function that writes a record to a JSON Lines file; nothing is written where there is no path.
+
+    The file gets its name when it is complete. Lines written before an interruption stay in `PATH.partial`.
     """
+    if path is None:
+        yield lambda record: None
+        return
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = partial.open("w", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+    try:
+        with file:
+            yield lambda record: print(_json(record), file=file, flush=True)
+        partial.replace(path)
+    finally:
+        if partial.exists() and partial.stat().st_size == 0:
+            partial.unlink()
 
-    def __init__(self, path: Path | None):
-        self.path = path
-        try:
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self.partial = path.with_name(path.name + ".partial")
-                self.file = self.partial.open("w", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error}") from error
 
-    def write(self, record: Record) -> None:
-        if self.path is not None:
-            print(json.dumps(dataclasses.asdict(record), ensure_ascii=False), file=self.file, flush=True)
-
-    def close(self) -> None:
-        if self.path is not None:
-            self.file.close()
-            self.partial.replace(self.path)
+def _json(record: Record) -> str:
+    return json.dumps(dataclasses.asdict(record), ensure_ascii=False)
 
 
 if __name__ == "__main__":

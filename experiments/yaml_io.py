@@ -44,6 +44,14 @@ for _name, (_pattern, _first) in _SCALARS.items():
         _class.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), list(_first))
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Puts text with rare line breaks (NEL, LS, PS) in double quotes, the one style that escapes them."""
+    return dumper.represent_scalar(_TAG + "str", text, style='"' if set(text) & set("\x85\u2028\u2029") else None)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Reads a YAML file whose top level is a map; an empty file is an empty map.
 
@@ -100,8 +108,8 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         shipped = sorted(Path("configs").rglob("*.yaml"))
-        close = difflib.get_close_matches(path.name, {file.name for file in shipped}, n=3, cutoff=0.6)
-        near = ", ".join(str(file) for file in shipped if file.name in close)
+        close = difflib.get_close_matches(path.stem, {file.stem for file in shipped}, n=3, cutoff=0.6)
+        near = ", ".join(str(file) for file in shipped if file.stem in close)
         raise InputError(f"there is no config file {path}.{f' Did you mean {near}?' if near else ''}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file in UTF-8.") from None

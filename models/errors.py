@@ -22,6 +22,6 @@ def unknown_name(kind: str, seen: str, known: Iterable[str]) -> InputError:
         known: the names that exist.
     """
     known = sorted(known)
-    close = difflib.get_close_matches(str(seen), known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(seen), known, n=1, cutoff=0.4)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return InputError(f"unknown {kind} {seen!r}.{hint} Known: {', '.join(known)}.")

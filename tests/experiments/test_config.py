@@ -146,7 +146,7 @@ def test_type_on_the_command_line_chooses_the_member(write):
     path = write("method: {type: beam, width: 8}\n")
     assert load("--config", path, "--method.type=beam").method == Beam(width=8)
     assert load("--config", path, "--method.type=greedy").method == Greedy()
-    assert message("--method.type", "gredy") == (
+    assert message("--config", path, "--method.type", "gredy") == (
         "command line: unknown method.type 'gredy'. Did you mean 'greedy'? Known: beam, greedy."
     )
 
@@ -179,10 +179,11 @@ def test_free_form_options_by_key(write):
     assert type(options["width"]) is int and type(options["rate"]) is float
 
 
-def test_free_form_options_need_key_and_value(capsys):
+def test_free_form_options_need_key_and_value(write, capsys):
     assert "--method.options.width: wanted a key and a value" in message("--method.options.width")
     assert "is not a list" in message("--method.options.width", "[1,")
-    assert message("--method.options.a", "null") == (
+    path = write("method: {options: {a: 1}}\n")
+    assert message("--config", path, "--method.options.a", "null") == (
         "command line: config key 'method.options.a': wanted int | float | str | bool | list, got None (NoneType)."
     )
     with pytest.raises(SystemExit, match="2"):

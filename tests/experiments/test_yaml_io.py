@@ -58,6 +58,7 @@ def test_nan_loads(tmp_path):
 
 TEXTS = [text for text, _ in SCALARS]
 TEXTS += ["3\n", " x ", "- x", "# x", "a: b", "é🙂", "'", '"', "[1]", "{", "&a", "*a", "!x", "|", "y", "<<"]
+TEXTS += ["a\x85b", "\u2028", "a\u2029", "a\rb", "\t", "\ufeff", "\x00"]
 
 
 @pytest.mark.parametrize("reader", ["ours", "yaml 1.1"])
@@ -110,14 +111,14 @@ def test_refused_files(text, wanted, tmp_path):
 def test_missing_file_names_path_and_near_matches(tmp_path, monkeypatch):
     (tmp_path / "configs" / "decode").mkdir(parents=True)
     (tmp_path / "configs" / "decode" / "token_recycling.yaml").write_text("")
-    (tmp_path / "configs" / "other.yaml").write_text("")
+    (tmp_path / "configs" / "demo.yaml").write_text("")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as caught:
         read_yaml(tmp_path / "tokenrecycling.yml")
     near = "configs/decode/token_recycling.yaml"
     assert str(caught.value) == f"there is no config file {tmp_path}/tokenrecycling.yml. Did you mean {near}?"
-    with pytest.raises(InputError, match=r"there is no config file .*/zzz\.$"):
-        read_yaml(tmp_path / "zzz")
+    with pytest.raises(InputError, match=r"there is no config file .*/nope.yaml\.$"):
+        read_yaml(tmp_path / "nope.yaml")
 
 
 def test_unreadable_files(tmp_path):

@@ -125,7 +125,12 @@ def test_configs_are_frozen():
 
 
 @pytest.mark.parametrize(
-    ("seen", "hint"), [("qwen", "Did you mean 'qwen2'?"), ("zzz", "unknown family 'zzz'. Known: gemma3, ")]
+    ("seen", "hint"),
+    [
+        ("qwen", "Did you mean 'qwen"),
+        ("lama", "Did you mean 'llama'?"),
+        ("zzz", "unknown family 'zzz'. Known: gemma3, "),
+    ],
 )
 def test_unknown_name(seen, hint):
     error = unknown_name("family", seen, FAMILIES)

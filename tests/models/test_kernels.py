@@ -31,7 +31,7 @@ class BasePlusLowRank:
 
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def low_rank_over(base, rank=3, size=0.3):
@@ -75,34 +75,26 @@ def test_linear_over_a_foreign_kernel(use_bias):
     np.testing.assert_allclose(out, layer.apply({"params": dense}, x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["layers_1/attention/q/kernel", "layers_0/attention/o/kernel", "layers_2/mlp/down/kernel", "unembedding/kernel"],
-)
-def test_a_foreign_kernel_equals_its_matrix_in_a_decoder(tiny, path):
-    model, params = tiny
-    flat = flatten_dict(params, sep="/")
+@pytest.fixture(scope="module")
+def logits(tiny):
+    """The tiny model's logits as a jitted function of its flattened parameters."""
+    tokens = jnp.asarray(np.random.default_rng(5).integers(0, 61, (2, 9)), jnp.int32)
+    return jax.jit(lambda flat: tiny[0].apply({"params": unflatten_dict(flat, sep="/")}, tokens).logits)
+
+
+@pytest.mark.parametrize("path", ["layers_1/attention/k/kernel", "layers_2/mlp/down/kernel", "unembedding/kernel"])
+def test_a_foreign_kernel_equals_its_matrix_in_a_decoder(tiny, logits, path):
+    flat = flatten_dict(tiny[1], sep="/")
     kernel = low_rank_over(flat[path])
-    tokens = jax.random.randint(jax.random.key(5), (2, 9), 0, 61, jnp.int32)
-
-    @jax.jit
-    def logits(values):
-        return model.apply({"params": unflatten_dict(values, sep="/")}, tokens).logits
-
     mixed = logits(flat | {path: kernel})
     np.testing.assert_allclose(mixed, logits(flat | {path: kernel.materialize()}), rtol=1e-4, atol=1e-4)
     assert np.abs(mixed - logits(flat)).max() > 0.1, "the low-rank part has no effect"
 
 
-def test_gradients_reach_the_parts_of_a_kernel(tiny):
-    model, params = tiny
-    flat = flatten_dict(params, sep="/")
-    path = "layers_0/mlp/up/kernel"
-
-    def loss(kernel):
-        values = unflatten_dict(flat | {path: kernel}, sep="/")
-        return model.apply({"params": values}, jnp.asarray([[3, 5, 7]], jnp.int32)).logits.sum()
-
-    grads = jax.jit(jax.grad(loss))(low_rank_over(flat[path]))
+def test_gradients_reach_the_parts_of_a_kernel():
+    x = normal(3, 2, 5)
+    grads = jax.grad(lambda kernel: Linear(7).apply({"params": {"kernel": kernel}}, x).sum())(
+        low_rank_over(normal(0, 5, 7))
+    )
     assert isinstance(grads, BasePlusLowRank)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))

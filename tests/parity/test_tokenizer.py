@@ -1,4 +1,4 @@
-"""Our tokenizers against transformers' classes and SentencePiece's own encoder, on random and on chosen texts.
+"""Our tokenizers against transformers, SentencePiece's own encoder and a plain loop, on random and chosen texts.
 
 Tiny vocabularies always run; the vocabularies of real models run where the model's file is in the cache folder.
 """
@@ -20,6 +20,7 @@ from models.weights.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 sentencepiece = pytest.importorskip("sentencepiece")
+regex = pytest.importorskip("regex")
 
 MODELS = ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct", "qwen2.5-coder-1.5b-instruct", "gemma3-270m"]
 BLOCKS = "20-7E 0-1F A0-24F 300-36F 370-52F 590-6FF 900-97F E00-E7F 1100-11FF 2000-206F 3040-30FF 4E00-9FFF AC00-D7A3"
@@ -237,3 +238,34 @@ def test_tiny_byte_level(pre):
     theirs = kind(vocab=vocab | {"<|endoftext|>": len(tokens)}, merges=merges)
     for text in texts(1000):
         assert ours.encode(text) == theirs(text)["input_ids"]
+
+
+def test_smollm2_ids_of_a_plain_loop():
+    """The definition of SmolLM2's tokenizer in plain Python, which shares no code with the `tokenizers` library."""
+    loaded = _loaded("smollm2-135m-instruct")
+    if loaded is None:
+        pytest.skip("smollm2-135m-instruct is not in the cache folder; python -m models.weights.fetch")
+    fields, ours = loaded
+    ids = {token: index for index, token in enumerate(fields["tokenizer.ggml.tokens"])}
+    ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(fields["tokenizer.ggml.merges"])}
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spelling = {byte: chr(byte) for byte in shown}
+    spelling |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(shown)))}
+    words = regex.compile(r"\p{N}|[^\p{N}]+")
+    gpt2 = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+    for text in plain_texts(1000):
+        expected = []
+        for word in (cut for run in words.findall(text) for cut in gpt2.findall(run)):
+            expected += [ids[piece] for piece in _merged([spelling[b] for b in word.encode()], ranks) if piece in ids]
+        assert ours.encode(text) == expected
+
+
+def _merged(pieces, ranks):
+    """The pieces of a word after every merge, best rank first, leftmost first."""
+    while len(pieces) > 1:
+        pairs = list(zip(pieces, pieces[1:], strict=False))
+        at = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
+        if pairs[at] not in ranks:
+            break
+        pieces[at : at + 2] = ["".join(pairs[at])]
+    return pieces

