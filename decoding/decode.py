@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from decoding import autoregressive
+from decoding.arguments import read_keys, read_limit, read_sampling, whole_number
 from decoding.method import Call, Method, Steps
 from decoding.prefill import Prompts, pad_prompts, prefill
-from decoding.sampling import Sampling, row_keys
 from decoding.state import DecodeOutput, DecodeState, init_state
 from models.decoder import Decoder
 from models.errors import InputError, unknown_name
@@ -26,15 +26,6 @@ from models.errors import InputError, unknown_name
 METHODS: dict[str, Method] = {
     "greedy": autoregressive.GREEDY,
     "sample": autoregressive.SAMPLE,
-}
-
-# Call argument -> (default, dtype, what is allowed, in words, and as a check).
-_SAMPLING = {
-    "temperature": (1.0, np.float32, ">= 0", lambda x: x >= 0),
-    "top_k": (0, np.int32, ">= 0 (0 keeps all)", lambda x: x >= 0),
-    "top_p": (1.0, np.float32, "in (0, 1]", lambda x: (x > 0) & (x <= 1)),
-    "min_p": (0.0, np.float32, "in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
-    "repetition_penalty": (1.0, np.float32, "> 0", lambda x: x > 0),
 }
 
 
@@ -54,8 +45,8 @@ class Plan:
         return METHODS[self.method].make(self.model, self.options, self.stop_tokens)
 
     def num_slots(self, bucket: int) -> int:
-        """Returns S for prompts of a bucket: enough for every new token, or as many as the user asked for."""
-        return self.cache_slots or bucket + self.room
+        """Returns S for prompts of a bucket: room for the padded prompt, and for every new token or as asked for."""
+        return bucket + self.room if self.cache_slots is None else max(self.cache_slots, bucket)
 
 
 def start(plan: Plan, params: Any, prompts: Prompts, call: Call) -> DecodeState:
@@ -168,52 +159,26 @@ class DecodeFn:
     ) -> tuple[Prompts, Call]:
         """Checks a call's arguments (see `__call__`) and returns them as the arrays that `decode` and `start` take."""
         padded = pad_prompts(prompts, self.plan.model.config.vocab_size)
-        batch, longest = len(padded.lengths), int(padded.lengths.max())
-        self._check_fits(longest, padded.tokens.shape[1])
-        wanted = self.plan.room if max_new_tokens is None else max_new_tokens
-        limit = _per_row("max_new_tokens", wanted, batch, np.int32)
-        if limit.min() < 0 or limit.max() > self.plan.room:
-            raise InputError(
-                f"max_new_tokens must be 0 to {self.plan.room}, got {wanted}; "
-                "for more, pass a larger max_new_tokens to make_decode_fn"
-            )
+        batch = len(padded.lengths)
+        capacity = self._capacity(int(padded.lengths.max()), padded.tokens.shape[1])
+        limit = read_limit(self.plan.room if max_new_tokens is None else max_new_tokens, batch, self.plan.room)
         # The newest token never enters the cache, so one more token fits than there are slots left.
-        free = self.plan.num_slots(padded.tokens.shape[1]) - padded.lengths + 1
-        call = Call(np.minimum(limit, free), self._keys(rng, batch), self._sampling(sampling, batch))
-        return padded, call
+        free = capacity - padded.lengths + 1
+        method = self.plan.method
+        settings = read_sampling(sampling, batch, method, METHODS[method].samples)
+        return padded, Call(np.minimum(limit, free), read_keys(rng, batch), settings)
 
-    def _check_fits(self, longest: int, bucket: int) -> None:
-        slots, context = self.plan.num_slots(bucket), self.plan.model.config.max_length
-        if longest > slots:
-            raise InputError(
-                f"the longest prompt has {longest} tokens, the cache only {slots} slots: raise cache_slots"
-            )
+    def _capacity(self, longest: int, bucket: int) -> int:
+        """Returns how many tokens a row may hold; raises InputError when the longest prompt is longer."""
+        slots, context = self.plan.cache_slots, self.plan.model.config.max_length
+        if slots is not None and longest > slots:
+            raise InputError(f"the longest prompt has {longest} tokens, the cache {slots} slots: raise cache_slots")
         if longest > context:
             raise InputError(
                 f"the longest prompt has {longest} tokens, the model's context only {context}: shorten it, or use a "
                 "model with a longer context"
             )
-
-    def _sampling(self, given: dict[str, Any], batch: int) -> Sampling:
-        for name in given:
-            if name not in _SAMPLING:
-                raise unknown_name("sampling setting", name, _SAMPLING)
-            if not METHODS[self.plan.method].samples:
-                raise InputError(f"method {self.plan.method!r} takes no {name}: use method='sample'")
-        values = {}
-        for name, (default, dtype, allowed, check) in _SAMPLING.items():
-            values[name] = _per_row(name, given.get(name, default), batch, dtype)
-            if not np.all(check(values[name])):
-                raise InputError(f"{name} must be {allowed}, got {given[name]}")
-        return Sampling(**values)
-
-    def _keys(self, rng: int | Sequence[int] | jax.Array, batch: int) -> jax.Array:
-        if not (isinstance(rng, jax.Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)):
-            seeds = np.asarray(rng)
-            rng = jax.random.key(int(seeds)) if seeds.ndim == 0 else jnp.stack([jax.random.key(int(s)) for s in seeds])
-        if rng.ndim and rng.shape != (batch,):
-            raise InputError(f"rng must be one seed or key, or one per row: got {rng.shape} for {batch} prompts")
-        return row_keys(rng, batch)
+        return min(context, self.plan.num_slots(bucket) if slots is None else slots)
 
 
 def make_decode_fn(
@@ -232,8 +197,8 @@ def make_decode_fn(
         method: a name in `METHODS`.
         max_new_tokens: room for new tokens per row; calls may ask for fewer.
         stop_tokens: ids that end a row (`tokenizer.stop_ids`).
-        cache_slots: S, tokens that the cache holds per row, prompt included; a row ends when it is full. None: as many
-            as the prompt's bucket and `max_new_tokens` need.
+        cache_slots: tokens that the cache holds per row, prompt included; a row ends when it is full, as it does at the
+            end of the model's context. None: as many as the prompt's bucket and `max_new_tokens` need.
         **options: the method's own static options.
 
     Raises:
@@ -241,23 +206,15 @@ def make_decode_fn(
     """
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
-    if max_new_tokens < 1:
+    if whole_number("max_new_tokens", max_new_tokens) < 1:
         raise InputError(f"max_new_tokens must be at least 1 here, got {max_new_tokens} (a call may ask for 0)")
-    if cache_slots is not None and cache_slots < 1:
+    if cache_slots is not None and whole_number("cache_slots", cache_slots) < 1:
         raise InputError(f"cache_slots must be at least 1, got {cache_slots}")
+    if not isinstance(stop_tokens, Sequence):
+        raise InputError(f"stop_tokens must be a list of token ids, got {stop_tokens!r}")
     known = [field.name for field in dataclasses.fields(METHODS[method].options)]
     for name in options:
         if name not in known:
             raise unknown_name(f"option of method {method!r}", name, known)
-    stops = tuple(sorted({int(token) for token in stop_tokens}))
+    stops = tuple(sorted({whole_number("an id in stop_tokens", token) for token in stop_tokens}))
     return DecodeFn(Plan(model, method, METHODS[method].options(**options), max_new_tokens, stops, cache_slots))
-
-
-def _per_row(name: str, value: Any, batch: int, dtype: type) -> np.ndarray:
-    """Returns one number per row; raises InputError when there are neither one nor B numbers."""
-    array = np.asarray(value)
-    if array.dtype.kind not in "iuf" or (dtype is np.int32 and array.dtype.kind == "f"):
-        raise InputError(f"{name} must be {'a whole number' if dtype is np.int32 else 'a number'}, got {value!r}")
-    if array.ndim > 1 or array.size not in (1, batch):
-        raise InputError(f"{name} must be one number or one per row ({batch}), got {value!r}")
-    return np.broadcast_to(array.astype(dtype), (batch,)).copy()

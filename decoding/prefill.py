@@ -42,22 +42,29 @@ def pad_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> Prompts:
     Raises:
         InputError: no prompts, an empty prompt, or an id that the model has no embedding for.
     """
-    rows = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
-    if not rows:
+    if not isinstance(prompts, Sequence | np.ndarray | jax.Array) or len(prompts) == 0:
         raise InputError("no prompts: pass a list with at least one list of token ids")
-    for index, row in enumerate(rows):
-        if row.size == 0:
-            raise InputError(f"prompt {index} is empty: a prompt needs at least one token (the BOS token will do)")
-        if row.min() < 0 or row.max() >= vocab_size:
-            raise InputError(
-                f"prompt {index} has token id {int(row.max() if row.min() >= 0 else row.min())}, but the model has "
-                f"ids 0 to {vocab_size - 1}: was it encoded with another model's tokenizer?"
-            )
+    rows = [_read_row(index, prompt, vocab_size) for index, prompt in enumerate(prompts)]
     lengths = np.array([row.size for row in rows], np.int32)
     tokens = np.zeros((len(rows), bucket_length(int(lengths.max()))), np.int32)
     for target, row in zip(tokens, rows, strict=True):
         target[: row.size] = row
     return Prompts(tokens, lengths)
+
+
+def _read_row(index: int, prompt: Sequence[int], vocab_size: int) -> np.ndarray:
+    row = np.asarray(prompt if len(np.shape(prompt)) == 1 else None)
+    if row.size == 0 and row.ndim == 1:
+        raise InputError(f"prompt {index} is empty: a prompt needs at least one token (the BOS token will do)")
+    if row.ndim != 1 or row.dtype.kind not in "iu":
+        raise InputError(f"prompt {index} must be a list of token ids, got {prompt!r:.80}: encode text first")
+    for token in (row.min(), row.max()):
+        if not 0 <= token < vocab_size:
+            raise InputError(
+                f"prompt {index} has token id {token}, but the model has ids 0 to {vocab_size - 1}: was it encoded "
+                "with another model's tokenizer?"
+            )
+    return row
 
 
 def prefill(model: Decoder, params: Any, prompts: Prompts, num_slots: int) -> KVCache:

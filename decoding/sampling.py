@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-
 _BLOCK = 256
 
 
@@ -47,11 +46,13 @@ def process_logits(logits: jax.Array, sampling: Sampling, seen: jax.Array) -> ja
         seen: bool[B, V], tokens that occur in the row's prompt or output.
 
     Returns:
-        f32[B, V]; -inf for tokens that may not be drawn. At temperature 0 only the most likely tokens stay.
+        f32[B, V], 0 for the most likely token and -inf for tokens that may not be drawn. At temperature 0 only the most
+        likely tokens stay.
     """
     penalty = sampling.repetition_penalty[:, None]
     penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
     logits = jnp.where(seen, penalised, logits)
+    logits = logits - logits.max(axis=-1, keepdims=True)
     temperature = sampling.temperature[:, None]
     logits = jnp.where(temperature > 0, logits / jnp.where(temperature > 0, temperature, 1.0), logits)
     keep_all = jnp.full_like(logits, True, dtype=bool)
@@ -59,9 +60,8 @@ def process_logits(logits: jax.Array, sampling: Sampling, seen: jax.Array) -> ja
     logits = jnp.where(kept, logits, -jnp.inf)
     kept = jax.lax.cond(jnp.any(sampling.top_p < 1), lambda: _top_p(logits, sampling.top_p), lambda: keep_all)
     logits = jnp.where(kept, logits, -jnp.inf)
-    top = logits.max(axis=-1, keepdims=True)
     margin = jnp.where(temperature > 0, -jnp.log(sampling.min_p[:, None]), 0.0)
-    return jnp.where(top - logits <= margin, logits, -jnp.inf)
+    return jnp.where(-logits <= margin, logits, -jnp.inf)
 
 
 def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
@@ -118,7 +118,8 @@ def _top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(ordered >= t, probabilities, 0.0), axis=-1) >= p
 
     threshold = _highest(reaches_p, p.shape[0])
-    return (ordered >= threshold[:, None]) | (p >= 1)[:, None]
+    kept = (ordered >= threshold[:, None]) | (p >= 1)[:, None]
+    return kept | (ordered == ordered.max(axis=-1, keepdims=True))
 
 
 def _ordered(x: jax.Array) -> jax.Array:

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
+from decoding.arguments import whole_number
 from decoding.decode import DecodeFn
 from decoding.state import DecodeState
+from models.errors import InputError
 from models.weights.tokenizer import Tokenizer
 
 
@@ -42,6 +44,8 @@ def stream_state(
     steps: int = 1,
 ) -> Generator[str, None, DecodeState]:
     """Yields the text of a one-row state as `advance` (of a `DecodeFn`, or compiled) goes on; returns the last one."""
+    if whole_number("steps", steps) < 1:
+        raise InputError(f"steps must be at least 1, got {steps}")
     written = ""
     while True:
         finished = bool(state.done[0])

@@ -1,5 +1,6 @@
 """The jitted loop: limits, counts, halves, compiled code and its sharing, and what the compiled step copies."""
 
+import dataclasses
 import math
 import re
 
@@ -55,27 +56,47 @@ def test_zero_new_tokens_for_all_rows_take_no_step(tiny, greedy):
     assert_counts(output, [0] * len(PROMPTS))
 
 
-def test_pieces_of_steps_equal_one_call(tiny):
+def test_rows_end_at_the_end_of_the_models_context(tiny):
+    context = 20
+    model = Decoder(dataclasses.replace(tiny[0].config, max_length=context))
+    for slots in (None, 64):
+        call = make_decode_fn(model, max_new_tokens=ROOM, cache_slots=slots).inputs(PROMPTS)[1]
+        assert call.limit.tolist() == [min(ROOM, context - len(prompt) + 1) for prompt in PROMPTS]
+
+
+SMALL_PROMPTS = [[token % 5 for token in prompt] for prompt in PROMPTS]
+
+
+def test_pieces_of_steps_equal_one_call():
+    model, params = small_law_model()
     settings = {"temperature": 1.2, "repetition_penalty": 1.4, "max_new_tokens": LIMITS}
-    fn = make_decode_fn(tiny[0], "sample", max_new_tokens=ROOM)
-    expected = fn(tiny[1], PROMPTS, row_seeds(), **settings)
-    state = fn.start(tiny[1], *fn.inputs(PROMPTS, row_seeds(), **settings))
+    fn = make_decode_fn(model, "sample", max_new_tokens=ROOM)
+    expected = fn(params, SMALL_PROMPTS, row_seeds(), **settings)
+    prompts, call = fn.inputs(SMALL_PROMPTS, row_seeds(), **settings)
+    state = fn.start(params, prompts, call)
     assert state.lengths.tolist() == [0] * len(PROMPTS)
     for steps in (1, 0, 5, 2, None):
         before = state.lengths.tolist()
-        state = fn.advance(tiny[1], state, steps)
+        state = fn.advance(params, state, steps)
         taken = ROOM if steps is None else steps
-        assert state.lengths.tolist() == [min(n + taken, limit) for n, limit in zip(before, LIMITS, strict=True)]
+        lengths = [min(n + taken, limit) for n, limit in zip(before, LIMITS, strict=True)]
+        assert state.lengths.tolist() == lengths
+        np.testing.assert_array_equal(state.cache.length, prompts.lengths - 1 + np.array(lengths))
+        for length, newest, tokens in zip(lengths, state.last.tolist(), state.tokens.tolist(), strict=True):
+            assert length == 0 or newest == tokens[length - 1]
     assert state.done.all()
     made = DecodeOutput(state.tokens, state.lengths, state.stats)
     jax.tree.map(np.testing.assert_array_equal, made, expected)
 
 
-def test_cache_holds_every_token_but_the_newest(tiny, greedy, whole):
-    prompts, call = greedy.inputs(PROMPTS)
-    state = greedy.advance(tiny[1], greedy.start(tiny[1], prompts, call), 4)
-    np.testing.assert_array_equal(state.cache.length, prompts.lengths - 1 + 4)
-    assert state.last.tolist() == [text[3] for text in whole]
+def test_steps_taken_at_a_time_compile_nothing():
+    model, params = small_law_model()
+    fn = make_decode_fn(model, "sample", max_new_tokens=ROOM)
+    state = fn.advance(params, fn.start(params, *fn.inputs(SMALL_PROMPTS)), 1)
+    before = decoding.decode._advance._cache_size()
+    for steps in (2, 3, None):
+        state = fn.advance(params, state, steps)
+    assert decoding.decode._advance._cache_size() == before
 
 
 def test_new_values_compile_nothing_and_a_new_bucket_once():
@@ -98,15 +119,6 @@ def test_new_values_compile_nothing_and_a_new_bucket_once():
     assert size() - before == 2, "an equal plan compiled again"
     make_decode_fn(model, "sample", max_new_tokens=7)(params, [[1], [2], [3]])
     assert size() - before == 3, "the count would not see a compilation"
-
-
-def test_steps_taken_at_a_time_compile_nothing(tiny, greedy):
-    state = greedy.start(tiny[1], *greedy.inputs(PROMPTS))
-    state = greedy.advance(tiny[1], state, 1)
-    before = decoding.decode._advance._cache_size()
-    for steps in (2, 3, None):
-        state = greedy.advance(tiny[1], state, steps)
-    assert decoding.decode._advance._cache_size() == before
 
 
 def test_compiled_halves_equal_one_call():
@@ -136,14 +148,14 @@ def test_decode_inside_a_larger_jit():
     jax.tree.map(np.testing.assert_array_equal, output, direct)
 
 
-def test_bfloat16_parameters(tiny):
-    model, params = tiny
+def test_bfloat16_parameters():
+    model, params = small_law_model()
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     fn = make_decode_fn(model, max_new_tokens=ROOM)
-    prompts, call = fn.inputs(PROMPTS)
+    prompts, call = fn.inputs(SMALL_PROMPTS)
     state = jax.eval_shape(lambda *args: start(fn.plan, *args), params, prompts, call)
     assert {x.dtype for x in state.cache.k + state.cache.v} == {jnp.dtype(jnp.bfloat16)}
-    output = fn(params, PROMPTS)
+    output = fn(params, SMALL_PROMPTS)
     assert_counts(output, [ROOM] * len(PROMPTS))
     logits = np.asarray(forward(model, params, prompts.tokens))
     last = logits[np.arange(len(PROMPTS)), prompts.lengths - 1]

@@ -107,18 +107,3 @@ def test_chunks_equal_token_by_token(tiny, ragged, slow_cache, chunks_of_16):
     jaxpr = str(jax.make_jaxpr(functools.partial(prefill, tiny[0], num_slots=80))(tiny[1], ragged))
     assert "i32[8,16]" in jaxpr, "the prompts did not go through in chunks"
     assert_same_cache(jitted_prefill(*tiny, ragged, 80), slow_cache, ragged.lengths)
-
-
-@pytest.mark.parametrize("num_slots", [40, 45])
-def test_cache_smaller_than_the_bucket(tiny, ragged, slow_cache, num_slots, chunks_of_16):
-    """The padding of a bucket need not fit, only the prompts."""
-    expected = slow_cache.replace(
-        k=tuple(x[:, :, :num_slots] for x in slow_cache.k), v=tuple(x[:, :, :num_slots] for x in slow_cache.v)
-    )
-    assert_same_cache(jitted_prefill(*tiny, ragged, num_slots), expected, ragged.lengths)
-
-
-def test_cache_smaller_than_the_bucket_in_one_pass(tiny):
-    prompts = pad_prompts([[4, 5, 6], [7]], VOCAB)
-    cache = jitted_prefill(*tiny, prompts, 3)
-    assert_same_cache(cache, token_by_token(*tiny, prompts, 3), prompts.lengths)

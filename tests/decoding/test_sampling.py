@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding.sampling import Sampling, draw, process_logits, row_keys, step_keys
+from decoding.sampling import _BLOCK, Sampling, draw, process_logits, row_keys, step_keys
 from tests.support.decode_reference import chi_squared_p, filtered, keys_data, penalised, softmax
 
 DRAWS = 40_000
@@ -22,6 +22,10 @@ def sampling(rows: list[dict]) -> Sampling:
 def process(logits: np.ndarray, rows: list[dict], seen: np.ndarray | None = None) -> np.ndarray:
     seen = np.zeros(logits.shape, bool) if seen is None else seen
     return np.asarray(jitted(jnp.asarray(logits, jnp.float32), sampling(rows), jnp.asarray(seen)))
+
+
+def law(logits: np.ndarray) -> np.ndarray:
+    return np.stack([softmax(row.astype(np.float64)) for row in logits])
 
 
 def check(logits: np.ndarray, rows: list[dict], seen: np.ndarray) -> int:
@@ -76,7 +80,7 @@ def test_random_rows_with_settings_of_their_own_equal_the_reference(kind):
 
 def test_nothing_changes_when_everything_is_off():
     logits = np.random.default_rng(0).standard_normal((2, 7)).astype(np.float32)
-    np.testing.assert_array_equal(process(logits, [{}, {}], np.ones((2, 7), bool)), logits)
+    np.testing.assert_allclose(law(process(logits, [{}, {}], np.ones((2, 7), bool))), law(logits), rtol=1e-5)
 
 
 def test_top_k_keeps_ties_with_the_kth():
@@ -106,7 +110,7 @@ def test_filters_run_in_the_stated_order():
 
 def test_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens():
     out = process(np.array([[4.0, -4.0, 4.0, 0.0]]), [{"repetition_penalty": 2.0}], np.array([[1, 1, 0, 1]], bool))
-    np.testing.assert_allclose(out, [[2.0, -8.0, 4.0, 0.0]])
+    np.testing.assert_allclose(law(out), law(np.array([[2.0, -8.0, 4.0, 0.0]])), rtol=1e-5)
 
 
 @pytest.mark.parametrize("others", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.3}, {"top_k": 50, "top_p": 0.5}])
@@ -184,6 +188,26 @@ def test_the_test_of_the_law_catches_a_wrong_law(bug):
     else:
         tokens = tokens_drawn(np.where(np.arange(7) == 0, LOGITS - np.float32(0.08), LOGITS), 0)
     assert chi_squared_p(tokens, softmax(LOGITS.astype(np.float64))) < 1e-6
+
+
+def test_draw_follows_the_law_over_a_vocabulary_of_many_blocks():
+    vocab = 3 * _BLOCK + 11
+    logits = np.random.default_rng(3).standard_normal(vocab).astype(np.float32)
+    logits[_BLOCK : 2 * _BLOCK] = -np.inf
+    logits[[0, 2 * _BLOCK, vocab - 1]] = [4.0, 5.0, 4.5]
+    law = softmax(logits.astype(np.float64))
+    tokens = np.concatenate([tokens_drawn(logits, seed) for seed in range(3)])
+    assert chi_squared_p(tokens, law) > 1e-3
+    assert chi_squared_p(tokens, np.roll(law, 1)) == 0.0
+
+
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, _BLOCK + 2), (0.5, _BLOCK + 2), (1 - 2**-24, 2 * _BLOCK - 1)])
+def test_draw_at_the_ends_of_the_uniform_number_takes_no_impossible_token(monkeypatch, uniform, token):
+    """Whole blocks before and behind the three tokens are impossible, and so are their neighbours."""
+    monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.float32(uniform))
+    logits = np.full((1, 4 * _BLOCK + 3), -np.inf, np.float32)
+    logits[0, [_BLOCK + 2, _BLOCK + 7, 2 * _BLOCK - 1]] = [1.0, -1.0, -2.0]
+    assert draw(jnp.asarray(logits), row_keys(jax.random.key(0), 1)).tolist() == [token]
 
 
 def test_draw_of_a_row_depends_on_its_key_alone():

@@ -5,7 +5,7 @@ import pytest
 
 from decoding import make_decode_fn, stream
 from models.errors import InputError
-from tests.support.decode_reference import PROMPTS, ROOM, texts
+from tests.support.decode_reference import PROMPTS, ROOM, small_law_model, texts
 
 PROMPT = PROMPTS[4]
 
@@ -79,10 +79,10 @@ def test_the_last_state_is_returned(tiny, decode_fn):
 
 
 @pytest.mark.parametrize("steps", [0, -1])
-def test_a_stream_that_would_never_move_is_an_error(tiny, decode_fn, steps):
-    pieces = stream(decode_fn, tiny[1], BytesTokenizer(), PROMPT, steps=steps)
+def test_a_stream_that_would_never_move_is_an_error(tiny, decode_fn, steps, monkeypatch):
+    monkeypatch.setattr(decode_fn, "advance", lambda *args: pytest.fail("the stream goes round and round"))
     with pytest.raises(InputError, match=f"steps must be at least 1, got {steps}"):
-        next(pieces)
+        list(stream(decode_fn, tiny[1], BytesTokenizer(), PROMPT, steps=steps))
 
 
 def test_zero_new_tokens_yield_nothing(tiny, decode_fn):
@@ -100,8 +100,9 @@ def test_stream_ends_with_the_stop_token(tiny, decode_fn, steps):
     assert "".join(pieces) == ThreeTokenCharacters().decode(stopped)
 
 
-def test_sampled_stream_follows_the_seed(tiny):
-    tokenizer, fn = ThreeTokenCharacters(), make_decode_fn(tiny[0], "sample", max_new_tokens=ROOM)
-    one_call = tokenizer.decode(texts(fn(tiny[1], [PROMPT], 5, temperature=1.5))[0])
-    assert "".join(stream(fn, tiny[1], tokenizer, PROMPT, 5, temperature=1.5)) == one_call
-    assert "".join(stream(fn, tiny[1], tokenizer, PROMPT, 6, temperature=1.5)) != one_call
+def test_sampled_stream_follows_the_seed():
+    model, params = small_law_model()
+    tokenizer, fn = ThreeTokenCharacters(), make_decode_fn(model, "sample", max_new_tokens=ROOM)
+    one_call = tokenizer.decode(texts(fn(params, [[2, 0, 3]], 5, temperature=1.5))[0])
+    assert "".join(stream(fn, params, tokenizer, [2, 0, 3], 5, temperature=1.5)) == one_call
+    assert "".join(stream(fn, params, tokenizer, [2, 0, 3], 6, temperature=1.5)) != one_call

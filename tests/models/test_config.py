@@ -43,6 +43,7 @@ def test_readers_keep_what_tells_variants_apart():
     ("arguments", "message"),
     [
         ({"num_heads": 4, "num_kv_heads": 3, "head_dim": 8}, "num_heads 4 must be a multiple of num_kv_heads 3"),
+        ({"num_heads": 4, "num_kv_heads": 0, "head_dim": 8}, "num_kv_heads 0"),
         ({"num_heads": 4, "num_kv_heads": 2, "head_dim": 7}, "even head_dim, got 7"),
     ],
 )

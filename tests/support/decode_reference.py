@@ -33,8 +33,8 @@ def greedy_texts(
 ) -> list[list[int]]:
     """Returns `num` greedy tokens per prompt: the whole row runs through the model for every single token.
 
-    Rows are padded on the right to one width, which a causal model cannot see. Fails when a choice is too close to call: another order
-    of additions could then give another text, and the test needs another prompt.
+    Rows are padded on the right to one width, which a causal model cannot see. Fails when a choice is too close to
+    call: another order of additions could then give another text, and the test needs another prompt.
 
     Args:
         model: the network.
@@ -73,7 +73,17 @@ def filtered(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
 ) -> tuple[np.ndarray, bool]:
-    """Returns f64[V] logits of the law to sample from, by sorting, and whether a token lies too close to a limit to compare."""
+    """Returns the logits of the law to sample from, and whether a token is too close to a limit to compare.
+
+    Args:
+        logits: f32[V].
+        seen: tokens that the repetition penalty concerns.
+        temperature: see `decoding.sampling.Sampling` for this and the rest.
+        top_k: kept by sorting.
+        top_p: kept by walking down the sorted law.
+        min_p: kept by comparing probabilities.
+        repetition_penalty: applied first.
+    """
     scores = penalised(logits, seen, repetition_penalty)
     if temperature == 0:
         return np.where(scores == scores.max(), scores, -np.inf), False
@@ -121,7 +131,7 @@ def chi_squared_p(tokens: np.ndarray, law: np.ndarray) -> float:
 
 
 def texts(output: Any) -> list[list[int]]:
-    """Returns the rows of a `DecodeOutput` as lists, cut at their lengths, after checking that only zeros lie behind."""
+    """Returns the rows of a `DecodeOutput`, cut at their lengths, after checking that only zeros lie behind."""
     tokens, lengths = np.asarray(output.tokens), np.asarray(output.lengths)
     assert tokens.dtype == np.int32 and lengths.dtype == np.int32
     assert not tokens[np.arange(tokens.shape[1])[None, :] >= lengths[:, None]].any(), "tokens behind a row's length"

@@ -181,7 +181,7 @@ def test_stored_types(kind, error, tmp_path, monkeypatch):
     assert GGUFFile(path).read("blk.0.ffn_up.weight").dtype == np.float32
     monkeypatch.setattr("models.weights.gguf._CHUNK", 100)
     again = loaded(path)[1]
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, again))
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, again))
 
 
 def llama3_factors(config, head_dim=8):
@@ -212,6 +212,13 @@ def test_other_factors_are_refused(tmp_path):
     tensors = converted("llama", LLAMA3, weights(shapes_of("llama", LLAMA3))) | {"rope_freqs.weight": factors}
     with pytest.raises(InputError, match="rope_freqs.weight does not follow the llama3 rule with factor 8"):
         loaded(write(tmp_path / "m.gguf", LLAMA3, tensors))
+
+
+def test_factors_without_a_base(llama_tensors, tmp_path):
+    """A file without rope.freq_base means 10,000; these factors belong to another base."""
+    tensors = llama_tensors | {"rope_freqs.weight": llama3_factors(LLAMA3)}
+    with pytest.raises(InputError, match="rope_freqs.weight"):
+        loaded(write(tmp_path / "m.gguf", LLAMA3, tensors, drop=["rope.freq_base"]))
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +272,7 @@ def test_files_of_no_known_model(change, message, llama_tensors, tmp_path):
     [
         ("blk.1.ffn_up.weight", {}, "without a tensor: layers_1/mlp/up/kernel"),
         ("token_embd.weight", {}, "no 'vocab_size'"),
+        (None, {"blk.0.attn_k.weight": np.ones((7, 32), np.float32)}, "attn_k.weight"),
         (None, {"blk.0.ffn_gate_inp.weight": np.ones((4, 32), np.float32)}, "without a parameter: blk.0.ffn_gate_inp"),
         (
             "blk.0.attn_norm.weight",

@@ -1,0 +1,101 @@
+"""A call's arguments, checked and brought to one number per row.
+
+Whatever is wrong about them is an InputError that gives the value seen and the values allowed.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decoding.sampling import Sampling, row_keys
+from models.errors import InputError, unknown_name
+
+
+class Setting(NamedTuple):
+    """A sampling setting: its default, its dtype, and what is allowed, in words and as a check."""
+
+    default: float
+    dtype: type
+    allowed: str
+    check: Callable[[np.ndarray], np.ndarray]
+
+
+SETTINGS: dict[str, Setting] = {
+    "temperature": Setting(1.0, np.float32, ">= 0 and finite", lambda x: (x >= 0) & np.isfinite(x)),
+    "top_k": Setting(0, np.int32, ">= 0 (0 keeps all)", lambda x: x >= 0),
+    "top_p": Setting(1.0, np.float32, "in (0, 1]", lambda x: (x > 0) & (x <= 1)),
+    "min_p": Setting(0.0, np.float32, "in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
+    "repetition_penalty": Setting(1.0, np.float32, "> 0 and finite", lambda x: (x > 0) & np.isfinite(x)),
+}
+
+
+def read_sampling(given: Mapping[str, Any], batch: int, method: str, samples: bool) -> Sampling:
+    """Returns the rows' sampling settings, defaults for those not given; a method that does not sample takes none."""
+    for name in given:
+        if name not in SETTINGS:
+            raise unknown_name("sampling setting", name, SETTINGS)
+        if not samples:
+            raise InputError(f"method {method!r} takes no {name}: use method='sample'")
+    return Sampling(**{name: _read_setting(name, given, batch) for name in SETTINGS})
+
+
+def _read_setting(name: str, given: Mapping[str, Any], batch: int) -> np.ndarray:
+    setting = SETTINGS[name]
+    values = per_row(name, given.get(name, setting.default), batch, setting.dtype)
+    if not np.all(setting.check(values)):
+        raise InputError(f"{name} must be {setting.allowed}, got {given[name]}")
+    return values.astype(setting.dtype)
+
+
+def read_limit(wanted: Any, batch: int, room: int) -> np.ndarray:
+    """Returns the new tokens wanted per row, i32[B]; `room` is how many there can be."""
+    limit = per_row("max_new_tokens", wanted, batch, np.int32)
+    if limit.min() < 0 or limit.max() > room:
+        raise InputError(
+            f"max_new_tokens must be 0 to {room}, got {wanted}; "
+            "for more, pass a larger max_new_tokens to make_decode_fn"
+        )
+    return limit.astype(np.int32)
+
+
+def read_keys(rng: Any, batch: int) -> jax.Array:
+    """Returns one random key per row from a seed or key for the batch, or from one per row."""
+    if not (isinstance(rng, jax.Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)):
+        seeds = _numbers(rng)
+        if seeds is None or seeds.dtype.kind not in "iu" or seeds.ndim > 1 or seeds.size == 0:
+            raise InputError(f"rng must be a whole number or a jax key, or one of them per row; got {rng!r:.80}")
+        keys = [jax.random.key(seed) for seed in seeds.reshape(-1)]
+        rng = keys[0] if seeds.ndim == 0 else jnp.stack(keys)
+    if rng.ndim and rng.shape != (batch,):
+        raise InputError(f"rng must be one seed or key, or one per row: got {rng.shape} for {batch} prompts")
+    return row_keys(rng, batch)
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Returns an int; raises InputError for anything else than one whole number."""
+    array = _numbers(value)
+    if array is None or array.dtype.kind not in "iu" or array.ndim:
+        raise InputError(f"{name} must be a whole number, got {value!r:.80}")
+    return int(array)
+
+
+def per_row(name: str, value: Any, batch: int, dtype: type) -> np.ndarray:
+    """Returns one number per row, [B]; raises InputError when there are neither one nor B numbers."""
+    array = _numbers(value)
+    if array is None or (dtype is np.int32 and array.dtype.kind == "f"):
+        raise InputError(f"{name} must be {'a whole number' if dtype is np.int32 else 'a number'}, got {value!r:.80}")
+    if array.ndim > 1 or array.size not in (1, batch):
+        raise InputError(f"{name} must be one number or one per row ({batch}), got {value!r:.80}")
+    return np.broadcast_to(array, (batch,))
+
+
+def _numbers(value: Any) -> np.ndarray | None:
+    """Returns the value as an array of integers or floats, or None where it is none."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        return None
+    return array if array.dtype.kind in "iuf" else None
