@@ -3,7 +3,8 @@
 Our jitted greedy decoding and, where torch and transformers can be imported, Hugging Face generate, on the same
 weights, dtype, prompts and token counts, in alternation in one run. Times of a run are medians over its repeats; every
 repeat decodes all prompts, and both sides count the same new tokens. A decode step's bandwidth is the bytes of the
-parameters it reads over the time it takes, and its share is taken of the read bandwidth measured here in the same run.
+parameters it reads over the time it takes, and its share is taken of the read bandwidth measured here, between the
+repeats of the same run.
 
 The last line printed is one JSON object. Keys that need transformers are null without it.
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 from experiments.config import load_config
 from experiments.runtime import run_main, setup_runtime
+from models.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +50,21 @@ class Timing:
         return self.prefill + self.decode
 
 
-def measure_bandwidth(num_bytes: int, repeats: int) -> float:
-    """Returns the read bandwidth in bytes per second: the best of several sums over one large array."""
-    import jax
-    import jax.numpy as jnp
+class Bandwidth:
+    """The memory read bandwidth of this machine: the time of a sum over one large array."""
 
-    array = jnp.ones((num_bytes // 4,), jnp.float32)
-    total = jax.jit(jnp.sum)
-    total(array).block_until_ready()
-    return array.nbytes / min(_seconds(lambda: total(array).block_until_ready()) for _ in range(repeats))
+    def __init__(self, num_bytes: int):
+        """Makes the array and compiles the sum."""
+        import jax
+        import jax.numpy as jnp
+
+        self.array = jnp.ones((max(1, num_bytes // 4),), jnp.float32)
+        self.total = jax.jit(jnp.sum)
+
+    def __call__(self) -> float:
+        """Returns bytes per second: the median of three readings."""
+        seconds = [_seconds(lambda: self.total(self.array).block_until_ready()) for _ in range(3)]
+        return self.array.nbytes / statistics.median(seconds)
 
 
 class Ours:
@@ -126,22 +134,23 @@ class Transformers:
         return Timing(prefill, total - prefill), tokens
 
 
-def alternate(sides: Sequence[Callable[[], tuple[Timing, Any]]], repeats: int) -> list[list[Timing]]:
-    """Runs the sides in turn, once without counting and then `repeats` times; returns each side's timings."""
+def alternate(sides: Sequence[Callable[[], Any]], repeats: int) -> list[list[Any]]:
+    """Runs the sides in turn, once without counting and then `repeats` times; returns what each side gave."""
     for side in sides:
         side()
-    timings: list[list[Timing]] = [[] for _ in sides]
+    results: list[list[Any]] = [[] for _ in sides]
     for _ in range(repeats):
-        for side, kept in zip(sides, timings, strict=True):
+        for side, kept in zip(sides, results, strict=True):
             gc.collect()
-            kept.append(side()[0])
-    return timings
+            kept.append(side())
+    return results
 
 
 def summarise(
-    config: BenchConfig, bytes_per_step: int, bandwidth: float, ours: list[Timing], theirs: list[Timing] | None
+    config: BenchConfig, bytes_per_step: int, bandwidths: list[float], ours: list[Timing], theirs: list[Timing]
 ) -> dict[str, Any]:
     """Returns the figures of the last line: medians over the repeats, and ratios of medians."""
+    bandwidth = statistics.median(bandwidths)
     count = len(config.prompts) * config.max_new_tokens
     total = statistics.median(t.total for t in ours)
     step = statistics.median(t.decode for t in ours) / count
@@ -186,22 +195,24 @@ def main() -> None:
     from models import load_model
     from models.weights.load import find_model
 
-    bandwidth = measure_bandwidth(config.bandwidth_bytes, config.repeats)
     model, params, tokenizer = load_model(config.model, "float32")
+    if tokenizer is None:
+        raise InputError(f"{config.model} has no tokenizer.json: put the model's tokenizer.json into the folder")
     encode = tokenizer.encode_chat if tokenizer.chat_template else tokenizer.encode
     prompts = [encode(prompt) for prompt in config.prompts]
-    ours = Ours(model, params, prompts, config.max_new_tokens)
+    sides: list[Any] = [Ours(model, params, prompts, config.max_new_tokens)]
     theirs = _theirs(find_model(config.model), prompts, config.max_new_tokens)
-    sides = [side for side in (ours, theirs) if side is not None]
+    sides += [theirs] if theirs is not None else []
     _report_equality(sides)
-    timings = alternate(sides, config.repeats)
-    bytes_per_step = sum(x.nbytes for x in jax.tree.leaves(params))
-    bandwidth = max(bandwidth, measure_bandwidth(config.bandwidth_bytes, config.repeats))
-    result = summarise(config, bytes_per_step, bandwidth, timings[0], timings[1] if theirs else None)
+    bandwidths, *results = alternate([Bandwidth(config.bandwidth_bytes), *sides], config.repeats)
+    timings = [[timing for timing, _ in kept] for kept in results]
     for name, kept in zip(("fleetlm", "transformers"), timings, strict=False):
         seconds = ", ".join(f"{t.prefill:.2f}+{t.decode:.2f}" for t in kept)
         print(f"{name:<13} seconds per repeat (prefill+decode): {seconds}")
-    print(json.dumps({"model": config.model, "device": jax.devices()[0].device_kind, **result}))
+    print(f"read bandwidth, GB/s: {', '.join(f'{b / 1e9:.1f}' for b in bandwidths)}")
+    bytes_per_step = sum(x.nbytes for x in jax.tree.leaves(params))
+    figures = summarise(config, bytes_per_step, bandwidths, timings[0], timings[1] if theirs is not None else [])
+    print(json.dumps({"model": config.model, "device": jax.devices()[0].device_kind, **figures}))
 
 
 def _report_equality(sides: Sequence[Callable[[], tuple[Timing, list[list[int]]]]]) -> None:

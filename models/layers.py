@@ -68,22 +68,26 @@ class Norm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table of `num` rows of width `width`: ids to vectors, and vectors back to scores over the ids."""
+    """A vector of width `width` for each of `num` ids: ids to vectors, and vectors back to scores over the ids.
+
+    The table is stored [width, num], like a linear kernel: scores are then computed fastest (on a CPU up to 1.3x, see
+    `models.kernels.Dense`), and looking up a few columns costs next to nothing.
+    """
 
     num: int
     width: int
 
     def setup(self) -> None:
-        """Makes the table, [num, width]."""
-        self.embedding = self.param("embedding", _kernel_init, (self.num, self.width))
+        """Makes the table, [width, num]."""
+        self.embedding = self.param("embedding", _kernel_init, (self.width, self.num))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Looks up ids i32[...], giving [..., width]."""
-        return jnp.take(self.embedding, ids, axis=0, mode="clip")
+        return jnp.moveaxis(jnp.take(self.embedding, ids, axis=1, mode="clip"), 0, -1)
 
     def scores(self, x: jax.Array) -> jax.Array:
-        """Returns x times the table's transpose: [..., width] -> f32[..., num]."""
-        return jnp.einsum("...d,vd->...v", x, self.embedding, preferred_element_type=jnp.float32)
+        """Returns x times the table: [..., width] -> f32[..., num]."""
+        return jnp.matmul(x, self.embedding, preferred_element_type=jnp.float32)
 
 
 class MLP(nn.Module):

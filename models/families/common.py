@@ -78,7 +78,7 @@ def _unpermute(x: np.ndarray, heads: int) -> np.ndarray:
 
 
 LLAMA_HF: dict[str, Row] = {
-    "embedding/embedding": Row("embed_tokens.weight", keep),
+    "embedding/embedding": Row("embed_tokens.weight", transpose),
     "final_norm/scale": Row("norm.weight", keep),
     "unembedding/kernel": Row("lm_head.weight", transpose),
     "layers_{i}/attention_norm/scale": Row("layers.{i}.input_layernorm.weight", keep),
@@ -97,7 +97,7 @@ LLAMA_HF: dict[str, Row] = {
 _GGUF_ATTENTION = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
 
 BASE_GGUF: dict[str, Row] = {
-    "embedding/embedding": Row("token_embd.weight", keep),
+    "embedding/embedding": Row("token_embd.weight", transpose),
     "final_norm/scale": Row("output_norm.weight", keep),
     "unembedding/kernel": Row("output.weight", transpose),
     "layers_{i}/attention_norm/scale": Row("blk.{i}.attn_norm.weight", keep),

@@ -44,8 +44,8 @@ def _third(index: int, turn: Convert) -> Convert:
 def _table(names: Mapping[str, str], turn: Convert) -> dict[str, Row]:
     """Returns the name table; `turn` brings a stored matrix to [in, out]."""
     table = {
-        "embedding/embedding": Row(names["embedding"] + ".weight", keep),
-        "positions/embedding": Row(names["positions"] + ".weight", keep),
+        "embedding/embedding": Row(names["embedding"] + ".weight", transpose),
+        "positions/embedding": Row(names["positions"] + ".weight", transpose),
         "unembedding/kernel": Row(names["unembedding"] + ".weight", transpose),
     }
     for path in ("final_norm", "layers_{i}/attention_norm", "layers_{i}/mlp_norm"):

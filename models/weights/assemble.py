@@ -72,7 +72,13 @@ def assemble(
         row = wanted[path]
         layer = re.match(r"layers_(\d+)/", path)
         attention = config.blocks[int(layer[1])].attention if layer else None
-        values = row.convert(read(by_source[row.source]), attention)
+        stored = read(by_source[row.source])
+        try:
+            values = row.convert(stored, attention)
+        except ValueError as error:
+            raise InputError(
+                f"tensor {by_source[row.source]!r} of shape {stored.shape} does not fit {path} of this config: {error}"
+            ) from error
         if values.shape != shapes[path].shape:
             raise InputError(
                 f"tensor {by_source[row.source]!r} gives {path} the shape {values.shape}, "

@@ -123,7 +123,7 @@ class GGUFFile:
         """Llama 3.1 and later store how much slower each frequency runs, in place of the rule's own numbers."""
         slower = self.read("rope_freqs.weight")
         scaling = RopeScaling("llama3", factor=float(slower.max()))
-        plain = RopeConfig(config["rope_theta"])
+        plain = RopeConfig(config.get("rope_theta", 10_000.0))
         head_dim = 2 * slower.size
         expected = rotary_frequencies(plain, head_dim)[0] / slower
         ours = rotary_frequencies(RopeConfig(plain.theta, scaling), head_dim)[0]

@@ -38,10 +38,12 @@ def save_model(folder: Path | str, model: Decoder, params: Any, tokenizer: Token
         raise InputError(f"{folder} exists already; choose another folder or remove it first")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        private = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error}") from error
     try:
+        staging = private / "model"  # a plain folder: what mkdtemp makes only its owner may read
+        staging.mkdir()
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(staging.absolute() / "params", params)
         values = {"format": _FORMAT, "config": config_to_dict(model.config)}
@@ -52,7 +54,7 @@ def save_model(folder: Path | str, model: Decoder, params: Any, tokenizer: Token
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error}") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(private, ignore_errors=True)
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -78,5 +80,5 @@ def load_parameters(folder: Path, config: DecoderConfig, dtype: jnp.dtype | None
             return checkpointer.restore(path, unflatten_dict(target, sep="/"))
     except InputError:
         raise
-    except (ValueError, OSError, KeyError, AttributeError) as error:
+    except Exception as error:  # orbax raises plain Exception for data it cannot read
         raise InputError(f"{path} is not a readable checkpoint (incomplete or damaged? {error})") from error

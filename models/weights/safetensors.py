@@ -19,11 +19,14 @@ from models.weights.assemble import assemble
 def read_json(path: Path) -> dict[str, Any]:
     """Returns a JSON file's object; raises InputError when it is missing or not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"no such file: {path}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold a JSON object, got {values!r:.80}")
+    return values
 
 
 def read_config(folder: Path) -> DecoderConfig:
@@ -47,7 +50,10 @@ def load_parameters(folder: Path, config: DecoderConfig, dtype: jnp.dtype | None
 def _shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        paths = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise InputError(f"{index} has no 'weight_map' object; fetch the file again")
+        paths = sorted({folder / name for name in places.values()})
     else:
         paths = sorted(folder.glob("*.safetensors"))
     missing = [str(path) for path in paths if not path.is_file()]

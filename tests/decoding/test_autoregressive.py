@@ -153,3 +153,12 @@ def test_repetition_penalty_does_not_see_the_padding():
     prompts = [[3], [0, 3], [1, 2, 4, 4], *([[2]] * 5)]
     seen = fn.start(params, *fn.inputs(prompts)).carry.seen
     assert [np.flatnonzero(row).tolist() for row in np.asarray(seen)] == [sorted(set(prompt)) for prompt in prompts]
+
+
+def test_first_of_equal_tokens_is_taken_at_temperature_zero_as_by_greedy():
+    model, params = small_law_model()
+    level = {**params, "unembedding": jax.tree.map(jnp.zeros_like, params["unembedding"])}
+    prompts = [[3]] * len(PROMPTS)
+    zeros = [[0] * ROOM] * len(PROMPTS)
+    assert texts(make_decode_fn(model, "greedy", max_new_tokens=ROOM)(level, prompts)) == zeros
+    assert texts(make_decode_fn(model, "sample", max_new_tokens=ROOM)(level, prompts, temperature=0.0)) == zeros

@@ -69,7 +69,7 @@ def test_the_parts_chain_to_the_whole(tiny, full):
     assert set(part) == {1, 2}, "only streams inside start..stop"
     np.testing.assert_allclose(part[1], streams[1], atol=1e-4, rtol=1e-4)
     assert early.shape == full.shape and np.abs(early - full).max() > 0.1
-    rows = params["embedding"]["embedding"][TOKENS]
+    rows = params["embedding"]["embedding"].T[TOKENS]
     np.testing.assert_allclose(streams[0], rows, atol=1e-6)
 
 
@@ -117,7 +117,7 @@ def test_learned_positions():
     params = random_params(config)
     assert params["positions"]["embedding"].shape == (16, 16)
     embed = Decoder(config).apply({"params": params}, i32([[5, 5, 5]]), i32([[0, 3, 9]]), method="embed")
-    words, places = (np.asarray(params[name]["embedding"]) for name in ("embedding", "positions"))
+    words, places = (np.asarray(params[name]["embedding"]).T for name in ("embedding", "positions"))
     np.testing.assert_allclose(embed[0], words[5] + places[[0, 3, 9]], rtol=1e-6)
     shifted = logits(config, params, [[5, 6, 7]], i32([[4, 5, 6]]))
     assert np.abs(shifted - logits(config, params, [[5, 6, 7]])).max() > 0.01
@@ -135,7 +135,7 @@ def test_tied_and_untied_embeddings():
     params = random_params(tied)
     assert set(parameter_shapes(Decoder(SMALL))) - set(parameter_shapes(Decoder(tied))) == {"unembedding/kernel"}
     expected = logits(tied, params, [[1, 2, 3]])
-    twin = params | {"unembedding": {"kernel": params["embedding"]["embedding"].T}}
+    twin = params | {"unembedding": {"kernel": params["embedding"]["embedding"]}}
     np.testing.assert_allclose(logits(SMALL, twin, [[1, 2, 3]]), expected, atol=1e-5)
     twin["unembedding"] = {"kernel": twin["unembedding"]["kernel"] * 2}
     np.testing.assert_allclose(logits(SMALL, twin, [[1, 2, 3]]), 2 * expected, atol=1e-5)

@@ -115,7 +115,7 @@ def ones(*shape):
             {"config": {"intermediate_size": 40}},
             [r"mlp\.\w+_proj\.weight' gives layers_\d/mlp/\w+/kernel the shape \((32, 48|48, 32)\)", "config says"],
         ),
-        ("gpt2", {"config": {"n_positions": 32}}, [r"wpe\.weight' gives positions/embedding the shape \(64, 32\)"]),
+        ("gpt2", {"config": {"n_positions": 32}}, [r"wpe\.weight' gives positions/embedding the shape \(32, 64\)"]),
         ("qwen2", {"config": {"tie_word_embeddings": False}}, ["without a tensor: unembedding/kernel"]),
     ],
 )

@@ -190,7 +190,7 @@ def test_fresh_mlp_parameters():
 def test_embedding():
     layer = Embedding(5, 8)
     table = jnp.asarray(RNG.standard_normal((5, 8)), jnp.float32)
-    variables = {"params": {"embedding": table}}
+    variables = {"params": {"embedding": table.T}}
     ids = jnp.asarray([[0, 4], [2, 2]], jnp.int32)
     np.testing.assert_array_equal(layer.apply(variables, ids), np.asarray(table)[np.asarray(ids)])
     scores = layer.apply(variables, jnp.asarray(X), method="scores")
