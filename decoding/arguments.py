@@ -3,7 +3,7 @@
 Whatever is wrong about them is an InputError that gives the value seen and the values allowed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ SETTINGS: dict[str, Setting] = {
     "top_k": Setting(0, np.int32, ">= 0 (0 keeps all)", lambda x: x >= 0),
     "top_p": Setting(1.0, np.float32, "in (0, 1]", lambda x: (x > 0) & (x <= 1)),
     "min_p": Setting(0.0, np.float32, "in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
-    "repetition_penalty": Setting(1.0, np.float32, "> 0 and finite", lambda x: (x > 0) & np.isfinite(x)),
+    "repetition_penalty": Setting(1.0, np.float32, "in [0.01, 100]", lambda x: (x >= 0.01) & (x <= 100)),
 }
 
 
@@ -45,9 +45,13 @@ def read_sampling(given: Mapping[str, Any], batch: int, method: str, samples: bo
 def _read_setting(name: str, given: Mapping[str, Any], batch: int) -> np.ndarray:
     setting = SETTINGS[name]
     values = per_row(name, given.get(name, setting.default), batch, setting.dtype)
+    if setting.dtype is np.int32:
+        values = np.clip(values, np.iinfo(np.int32).min, np.iinfo(np.int32).max)
+    with np.errstate(over="ignore"):
+        values = values.astype(setting.dtype)
     if not np.all(setting.check(values)):
         raise InputError(f"{name} must be {setting.allowed}, got {given[name]}")
-    return values.astype(setting.dtype)
+    return values
 
 
 def read_limit(wanted: Any, batch: int, room: int) -> np.ndarray:
@@ -63,15 +67,27 @@ def read_limit(wanted: Any, batch: int, room: int) -> np.ndarray:
 
 def read_keys(rng: Any, batch: int) -> jax.Array:
     """Returns one random key per row from a seed or key for the batch, or from one per row."""
-    if not (isinstance(rng, jax.Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)):
+    if isinstance(rng, Sequence) and rng and all(_is_key(key) for key in rng):
+        rng = jnp.stack(rng)
+    if not _is_key(rng):
         seeds = _numbers(rng)
         if seeds is None or seeds.dtype.kind not in "iu" or seeds.ndim > 1 or seeds.size == 0:
             raise InputError(f"rng must be a whole number or a jax key, or one of them per row; got {rng!r:.80}")
+        if isinstance(rng, jax.Array) and rng.dtype == jnp.uint32:
+            raise InputError(
+                "rng is an old-style key (uint32): use jax.random.key(seed) in place of jax.random.PRNGKey"
+            )
+        if seeds.min() < 0 or seeds.max() >= 2**32:
+            raise InputError(f"rng must be seeds from 0 to {2**32 - 1}, got {rng!r:.80}")
         keys = [jax.random.key(seed) for seed in seeds.reshape(-1)]
         rng = keys[0] if seeds.ndim == 0 else jnp.stack(keys)
     if rng.ndim and rng.shape != (batch,):
         raise InputError(f"rng must be one seed or key, or one per row: got {rng.shape} for {batch} prompts")
     return row_keys(rng, batch)
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
 def whole_number(name: str, value: Any) -> int:
@@ -96,6 +112,6 @@ def _numbers(value: Any) -> np.ndarray | None:
     """Returns the value as an array of integers or floats, or None where it is none."""
     try:
         array = np.asarray(value)
-    except ValueError:  # lists of different lengths
+    except (ValueError, TypeError):  # lists of different lengths, jax keys among numbers
         return None
     return array if array.dtype.kind in "iuf" else None

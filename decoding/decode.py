@@ -206,9 +206,11 @@ def make_decode_fn(
     """
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
-    if whole_number("max_new_tokens", max_new_tokens) < 1:
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
+    cache_slots = None if cache_slots is None else whole_number("cache_slots", cache_slots)
+    if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1 here, got {max_new_tokens} (a call may ask for 0)")
-    if cache_slots is not None and whole_number("cache_slots", cache_slots) < 1:
+    if cache_slots is not None and cache_slots < 1:
         raise InputError(f"cache_slots must be at least 1, got {cache_slots}")
     if not isinstance(stop_tokens, Sequence):
         raise InputError(f"stop_tokens must be a list of token ids, got {stop_tokens!r}")

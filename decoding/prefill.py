@@ -53,7 +53,10 @@ def pad_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> Prompts:
 
 
 def _read_row(index: int, prompt: Sequence[int], vocab_size: int) -> np.ndarray:
-    row = np.asarray(prompt if len(np.shape(prompt)) == 1 else None)
+    try:
+        row = np.asarray(prompt)
+    except ValueError:  # lists of different lengths
+        row = np.asarray(None)
     if row.size == 0 and row.ndim == 1:
         raise InputError(f"prompt {index} is empty: a prompt needs at least one token (the BOS token will do)")
     if row.ndim != 1 or row.dtype.kind not in "iu":

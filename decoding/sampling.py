@@ -26,8 +26,8 @@ class Sampling:
             1904.09751). 1 keeps all.
         min_p: f32[B] in [0, 1]; keep tokens with at least this share of the most likely one's probability (2407.01082).
             0 keeps all.
-        repetition_penalty: f32[B], > 0; divides positive and multiplies negative logits of tokens that occur in prompt
-            or output (CTRL, 1909.05858, section 4.1, in the signed form that is in common use). 1 changes nothing.
+        repetition_penalty: f32[B], 0.01 to 100; divides positive and multiplies negative logits of tokens that occur in
+            prompt or output (CTRL, 1909.05858, section 4.1, in the signed form in common use). 1 changes nothing.
     """
 
     temperature: jax.Array
@@ -79,7 +79,8 @@ def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
     rows = jnp.arange(logits.shape[0])
     start = jnp.where(block > 0, ends[rows, block - 1], 0.0)
     inside = blocks[rows, block]
-    return block * _BLOCK + _first_above(jnp.cumsum(inside, axis=-1), target - start, inside > 0)
+    token = block * _BLOCK + _first_above(jnp.cumsum(inside, axis=-1), target - start, inside > 0)
+    return jnp.minimum(token, logits.shape[-1] - 1)  # stays an id even where the logits are no numbers
 
 
 def _first_above(ends: jax.Array, target: jax.Array, possible: jax.Array) -> jax.Array:

@@ -77,6 +77,10 @@ class Ours:
         self.params = params
         self.decode_fn = make_decode_fn(model, "greedy", max_new_tokens=new_tokens)
         self.inputs = [self.decode_fn.inputs([prompt]) for prompt in prompts]
+        if any(call.limit[0] < new_tokens for _, call in self.inputs):
+            raise InputError(
+                f"a prompt and {new_tokens} new tokens do not fit the model's context: lower max_new_tokens"
+            )
         by_shape = {item[0].tokens.shape: item for item in self.inputs}
         self.compiled = {shape: self.decode_fn.compile(params, *item) for shape, item in by_shape.items()}
 
@@ -179,11 +183,19 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 def _theirs(path: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> Transformers | None:
+    """Returns the other side, or None, with the reason printed, where it cannot be measured fairly."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        print("transformers is not measured: it would run on the CPU, and this run does not")
+        return None
     try:
         return Transformers(path, prompts, new_tokens)
     except ImportError as error:
         print(f"transformers is not measured: {error}. `pip install -e '.[parity]'` brings it.")
-        return None
+    except (OSError, ValueError) as error:
+        print(f"transformers is not measured: it cannot read {path}: {str(error).splitlines()[0]}")
+    return None
 
 
 def main() -> None:
@@ -210,7 +222,9 @@ def main() -> None:
         seconds = ", ".join(f"{t.prefill:.2f}+{t.decode:.2f}" for t in kept)
         print(f"{name:<13} seconds per repeat (prefill+decode): {seconds}")
     print(f"read bandwidth, GB/s: {', '.join(f'{b / 1e9:.1f}' for b in bandwidths)}")
-    bytes_per_step = sum(x.nbytes for x in jax.tree.leaves(params))
+    looked_up = {"positions"} | (set() if model.config.tied_embeddings else {"embedding"})  # a column each per step
+    read = {name: part for name, part in params.items() if name not in looked_up}
+    bytes_per_step = sum(x.nbytes for x in jax.tree.leaves(read))
     figures = summarise(config, bytes_per_step, bandwidths, timings[0], timings[1] if theirs is not None else [])
     print(json.dumps({"model": config.model, "device": jax.devices()[0].device_kind, **figures}))
 

@@ -86,7 +86,7 @@ def read_prompts(config: DecodeConfig) -> list[str]:
 
 def _read_lines(path: Path) -> Iterator[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError as error:
         raise InputError(f"no such prompts file: {path}") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -103,7 +103,7 @@ def _read_lines(path: Path) -> Iterator[str]:
         yield prompt
 
 
-class Session:
+class Runner:
     """A loaded model with one decode function; decodes batches and keeps what is compiled."""
 
     def __init__(self, config: DecodeConfig):
@@ -208,14 +208,14 @@ def main() -> None:
     config = load_config(DecodeConfig, prog="python -m experiments.decode", description=(__doc__ or "").split("\n")[0])
     prompts = read_prompts(config)
     setup_runtime()
-    session = Session(config)
+    runner = Runner(config)
     records = []
     with json_lines(config.save) as write:
         for start in range(0, len(prompts), config.batch_size):
             batch = prompts[start : start + config.batch_size]
             if config.stream:
                 print(f"\n>>> {batch[0]}")
-            for record in session.decode(batch, [config.seed + start + i for i in range(len(batch))]):
+            for record in runner.decode(batch, [config.seed + start + i for i in range(len(batch))]):
                 records.append(record)
                 write(record)
                 if config.output == "json":
@@ -223,13 +223,13 @@ def main() -> None:
                 elif not config.stream:
                     print(f"\n>>> {record.prompt}\n{record.text}", flush=True)
     if config.output == "text":
-        _print_summary(config, session, records)
+        _print_summary(config, runner, records)
 
 
-def _print_summary(config: DecodeConfig, session: Session, records: Sequence[Record]) -> None:
+def _print_summary(config: DecodeConfig, runner: Runner, records: Sequence[Record]) -> None:
     compile_seconds = sum({id(r.seconds): r.seconds["compile"] for r in records}.values())
-    print(f"\n{config.model} on {session.device}, method {config.method}")
-    print(f"loaded in {session.load_seconds:.1f} s, compiled in {compile_seconds:.1f} s\n")
+    print(f"\n{config.model} on {runner.device}, method {config.method}")
+    print(f"loaded in {runner.load_seconds:.1f} s, compiled in {compile_seconds:.1f} s\n")
     print(speed_table(records))
     if config.save is not None:
         print(f"\nresults saved in {config.save}")

@@ -19,6 +19,7 @@ from flax import struct
 
 from models.cache import LayerCache, append
 from models.config import AttentionConfig, NormConfig
+from models.kernels import PRECISION
 from models.layers import Linear, Norm, rotate, softcap
 
 _HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -139,7 +140,7 @@ def _head_products(equation: str, left: jax.Array, right: jax.Array) -> jax.Arra
     """
 
     def product(left, right):
-        return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
+        return jnp.einsum(equation, left, right, precision=PRECISION, preferred_element_type=jnp.float32)
 
     batch, heads = left.shape[:2]
     if jax.default_backend() == "cpu" and batch * heads <= _SMALL_BATCH:

@@ -60,7 +60,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer. Parameters: `embedding`, `layers_0`.., `final_norm`, `unembed` (when not tied)."""
+    """A decoder-only transformer.
+
+    Parameters: `embedding`, `positions` (when learned), `layers_0`.., `final_norm`, `unembedding` (when not tied).
+    """
 
     config: DecoderConfig
 
@@ -74,7 +77,7 @@ class Decoder(nn.Module):
             setattr(self, f"layers_{index}", Block(block))
         self.final_norm = Norm(config.norm)
         if not config.tied_embeddings:
-            self.unembedding = Linear(config.vocab_size)
+            self.unembedding = Linear(config.vocab_size, dtype=jnp.float32)
 
     def __call__(
         self,
@@ -145,7 +148,7 @@ class Decoder(nn.Module):
         """Maps the residual stream after the last block, [..., D], to logits f32[..., V]."""
         x = self.final_norm(x)
         logits = self.embedding.scores(x) if self.config.tied_embeddings else self.unembedding(x)
-        return softcap(logits.astype(jnp.float32), self.config.logit_softcap)
+        return softcap(logits, self.config.logit_softcap)
 
 
 def next_positions(tokens: jax.Array, cache: KVCache | None) -> jax.Array:

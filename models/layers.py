@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.config import MLPConfig, NormConfig, RopeConfig, RopeScaling
-from models.kernels import as_kernel
+from models.kernels import PRECISION, as_kernel
 
 _ACTIVATIONS = {
     "silu": nn.silu,
@@ -32,6 +32,7 @@ class Linear(nn.Module):
 
     features: int
     use_bias: bool = False
+    dtype: jnp.dtype | None = None  # of the output; None: x's own
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -40,7 +41,7 @@ class Linear(nn.Module):
             kernel = self.get_variable("params", "kernel")
         else:
             kernel = self.param("kernel", _kernel_init, (x.shape[-1], self.features))
-        y = as_kernel(kernel).dot(x)
+        y = as_kernel(kernel).dot(x, self.dtype)
         if self.use_bias:
             y = y + _along_last(self.param("bias", nn.initializers.zeros, (self.features,)), y)
         return y
@@ -87,7 +88,7 @@ class Embedding(nn.Module):
 
     def scores(self, x: jax.Array) -> jax.Array:
         """Returns x times the table: [..., width] -> f32[..., num]."""
-        return jnp.matmul(x, self.embedding, preferred_element_type=jnp.float32)
+        return jnp.matmul(x, self.embedding, precision=PRECISION, preferred_element_type=jnp.float32)
 
 
 class MLP(nn.Module):

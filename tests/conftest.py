@@ -33,7 +33,7 @@ def tiny_config() -> DecoderConfig:
 def tiny() -> tuple[Decoder, dict]:
     """(model, params) of a random three-layer model whose greedy text is varied."""
     model = Decoder(tiny_config())
-    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     return model, jax.tree.map(lambda x: x * 12.0 if x.ndim == 2 else x, params)
 
 

@@ -155,8 +155,11 @@ def read_rope(config: Mapping[str, Any], default_theta: float = 10_000.0) -> Rop
         "attention_factor": "attention_factor",
     }
     given = {ours: values[theirs] for ours, theirs in keys.items() if values.get(theirs) is not None}
+    factor = values.get("factor")
+    if not isinstance(factor, int | float) or factor < 1:
+        raise InputError(f"rotary scaling {kind!r} needs a factor of at least 1, got {factor!r}")
     given.setdefault("original_length", field(config, "max_position_embeddings"))
-    return RopeConfig(values["rope_theta"], RopeScaling(kind, values["factor"], **given))
+    return RopeConfig(values["rope_theta"], RopeScaling(kind, factor, **given))
 
 
 def head_dim(config: Mapping[str, Any]) -> int:

@@ -23,7 +23,8 @@ from models.families.common import (
 
 def read_config(config: Mapping[str, Any]) -> DecoderConfig:
     """Maps a Hugging Face Gemma 3 config (or the `text_config` inside a multimodal one) to ours."""
-    config = config.get("text_config", config)
+    if "text_config" in config:
+        config = _TEXT_DEFAULTS | dict(config["text_config"])
     num_layers = field(config, "num_hidden_layers")
     pattern = config.get("sliding_window_pattern", config.get("_sliding_window_pattern", 6))
     kinds = config.get("layer_types") or [
@@ -42,6 +43,18 @@ def read_config(config: Mapping[str, Any]) -> DecoderConfig:
         embedding_scale=math.sqrt(width),
         logit_softcap=config.get("final_logit_softcapping"),
     )
+
+
+# What the configs inside multimodal ones leave out: the defaults of Hugging Face's Gemma3TextConfig.
+_TEXT_DEFAULTS = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131_072,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+}
 
 
 def _block(config: Mapping[str, Any], norm: NormConfig, local: bool) -> BlockConfig:

@@ -68,10 +68,12 @@ def test_greedy_ignores_the_seed(tiny, greedy, expected):
 
 
 def test_stop_token_ends_a_row_even_as_its_very_first(tiny, expected):
-    first, inside = expected[0][0], expected[1][7]
+    first = expected[0][0]
+    inside = next(token for token in expected[1][2:] if token not in expected[1][:2])
     output = make_decode_fn(tiny[0], max_new_tokens=ROOM, stop_tokens=(first, inside))(tiny[1], PROMPTS)
     stopped = [_until(text, {first, inside}) for text in expected]
-    assert len(stopped[0]) == 1 and 1 < len(stopped[1]) < ROOM
+    lengths = {len(text) for text in stopped}
+    assert 1 in lengths and any(1 < length < ROOM for length in lengths), "choose other stop tokens"
     assert texts(output) == stopped
     np.testing.assert_array_equal(output.stats.steps, [len(text) for text in stopped])
 

@@ -28,13 +28,15 @@ CALL = [
     ({"temperature": -0.5}, r"temperature must be >= 0.*got -0\.5"),
     ({"temperature": float("nan")}, r"temperature.*nan"),
     ({"temperature": float("inf")}, r"temperature.*inf"),
+    ({"temperature": 1e39}, r"temperature.*1e\+39"),
     ({"temperature": [0.5, -1.0]}, r"temperature must be >= 0.*got \[0\.5, -1\.0\]"),
     ({"top_k": -1}, r"top_k must be >= 0.*got -1"),
     ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0\.0"),
     ({"top_p": 1.5}, r"top_p.*got 1\.5"),
     ({"min_p": -0.1}, r"min_p must be in \[0, 1\], got -0\.1"),
     ({"min_p": 1.1}, r"min_p.*1\.1"),
-    ({"repetition_penalty": 0}, r"repetition_penalty must be > 0.*got 0"),
+    ({"repetition_penalty": 0}, r"repetition_penalty must be .*got 0"),
+    ({"repetition_penalty": 1e-50}, r"repetition_penalty.*1e-50"),
     ({"repetition_penalty": float("inf")}, r"repetition_penalty.*inf"),
     ({"top_k": 2.0}, r"top_k must be a whole number, got 2\.0"),
     ({"temperature": "hot"}, r"temperature must be a number, got 'hot'"),
@@ -106,6 +108,10 @@ def test_wrong_prompts(tiny, prompts, words):
 def test_prompt_longer_than_the_models_context(tiny):
     with pytest.raises(InputError, match="longest prompt has 257 tokens, the model's context only 256"):
         make_decode_fn(tiny[0])(tiny[1], [[1], [1] * 257])
+
+
+def test_top_k_beyond_32_bits_keeps_all(sample):
+    assert sample.inputs([[1]], top_k=2**32 + 1)[1].sampling.top_k[0] > 61
 
 
 def test_numbers_of_numpy_and_jax_are_numbers(sample):

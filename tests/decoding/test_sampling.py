@@ -210,6 +210,12 @@ def test_draw_at_the_ends_of_the_uniform_number_takes_no_impossible_token(monkey
     assert draw(jnp.asarray(logits), row_keys(jax.random.key(0), 1)).tolist() == [token]
 
 
+@pytest.mark.parametrize("vocab", [5, _BLOCK, _BLOCK + 1])
+def test_draw_from_broken_logits_stays_in_the_vocabulary(vocab):
+    token = draw(jnp.full((1, vocab), jnp.nan), row_keys(jax.random.key(0), 1))
+    assert 0 <= int(token[0]) < vocab
+
+
 def test_draw_of_a_row_depends_on_its_key_alone():
     logits = jnp.asarray(np.random.default_rng(2).standard_normal((5, 40)), jnp.float32)
     keys = jax.random.split(jax.random.key(9), 5)

@@ -133,7 +133,7 @@ def test_bad_models(run, tmp_path):
 
 def test_an_interrupted_run_keeps_its_finished_lines(run, tmp_path, monkeypatch):
     saved = tmp_path / "out.jsonl"
-    original = decode.Session.decode
+    original = decode.Runner.decode
     calls = []
 
     def second_fails(self, *args):
@@ -142,7 +142,7 @@ def test_an_interrupted_run_keeps_its_finished_lines(run, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return original(self, *args)
 
-    monkeypatch.setattr(decode.Session, "decode", second_fails)
+    monkeypatch.setattr(decode.Runner, "decode", second_fails)
     code, _, err = run("--prompt", "a", "--prompt", "b", "--max_new_tokens", "2", "--save", str(saved))
     assert (code, err) == (130, "interrupted\n")
     assert not saved.exists()

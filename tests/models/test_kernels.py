@@ -23,7 +23,7 @@ class BasePlusLowRank:
     def shape(self):
         return self.base.shape
 
-    def dot(self, x):
+    def dot(self, x, dtype=None):
         return x @ self.base + (x @ self.a) @ self.b
 
     def materialize(self):
