@@ -12,8 +12,6 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2_greedy.json"
 TOO_CLOSE = 1e-3  # logits; below this gap between first and second another order of additions may choose the second
 CACHE_SLOTS = 256
 
-pytestmark = pytest.mark.skipif(not GOLDEN.exists(), reason=f"{GOLDEN.name} is not here")
-
 
 @pytest.fixture(scope="module")
 def golden() -> dict:
