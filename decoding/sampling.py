@@ -68,7 +68,8 @@ def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
     """Draws one token per row, i32[B], from f32[B, V] logits with one key per row.
 
     Inverts the cumulative distribution at one uniform number: first over blocks of the vocabulary, then inside a block.
-    On a CPU this costs a tenth of Gumbel noise for every entry. A token of probability 0 is never drawn.
+    One random number a row is enough, where Gumbel noise takes one for every entry. A token of probability 0 is never
+    drawn.
     """
     probabilities = jax.nn.softmax(logits, axis=-1)
     padding = -logits.shape[-1] % _BLOCK

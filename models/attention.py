@@ -135,8 +135,8 @@ def masked_attention(
 def _head_products(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
     """Multiplies the matrices of each batch row and head, f32[B, K, ...]; `equation` says how two matrices multiply.
 
-    XLA's CPU backend transposes (copies) the cache for a batched product of few rows. One product per head does not:
-    measured at batch 1, 512 slots, 30 layers, 3 heads: 8.2 ms batched, 2.7 ms one by one.
+    XLA's CPU backend transposes the whole cache for a batched product of very few rows. One product per head avoids
+    that, but still reads each head's keys and values through a slice that the compiler materialises.
     """
 
     def product(left, right):

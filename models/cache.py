@@ -6,8 +6,7 @@ forward pass writes its keys and values at slots length..length+T-1 and leaves `
 which of those rows stay (`commit`).
 
 Axis letters: B batch, S slots, K key/value heads, Dh head width, W rows of one forward pass, C rows kept at most.
-Layers are stored [B, K, S, Dh]: each head's keys are one contiguous matrix, which every backend multiplies without
-copying the cache.
+Layers are stored [B, K, S, Dh]: each head's keys are one contiguous matrix.
 """
 
 from collections.abc import Sequence

@@ -37,8 +37,7 @@ class Kernel(Protocol):
 class Dense:
     """A plain matrix, w: [I, O].
 
-    Inputs come first because that order multiplies few rows (a decode step, a draft tree) fastest: on a CPU the other
-    order costs up to twice as much from two rows on.
+    Inputs come first because a CPU multiplies few rows (a decode step, a draft tree) faster in that order.
     """
 
     w: jax.Array

@@ -71,8 +71,8 @@ class Norm(nn.Module):
 class Embedding(nn.Module):
     """A vector of width `width` for each of `num` ids: ids to vectors, and vectors back to scores over the ids.
 
-    The table is stored [width, num], like a linear kernel: scores are then computed fastest (on a CPU up to 1.3x, see
-    `models.kernels.Dense`), and looking up a few columns costs next to nothing.
+    The table is stored [width, num], like a linear kernel and for the same reason (`models.kernels.Dense`); looking up
+    a few columns costs little beside computing scores.
     """
 
     num: int
