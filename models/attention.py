@@ -5,8 +5,8 @@ layer)` writes the new keys and values, decides which of them each query sees, a
 a pytree that the model threads through its layers; what it means is up to the policy (nothing for `dense_attend`,
 `TreeRows` for `tree_attend`).
 
-Axis letters: B batch, T query length (W for a tree), S cache slots, H query heads, K key/value heads, G = H/K, R = G*T
-rows, Dh head width.
+Axis letters: B batch, T query length (W for a tree), S cache slots, H query heads, K key/value heads, G = H/K, N = B*K,
+R = G*T rows, Dh head width.
 """
 
 from typing import Any, Protocol
@@ -23,7 +23,6 @@ from models.kernels import PRECISION
 from models.layers import Linear, Norm, rotate, softcap
 
 _HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
-_SMALL_BATCH = 8
 
 
 class Attend(Protocol):
@@ -123,29 +122,23 @@ def masked_attention(
     """
     num_heads, length, head_dim = config.num_kv_heads, q.shape[1], q.shape[3]
     scale = head_dim**-0.5 if config.scale is None else config.scale
-    rows = rearrange(q, "b t (k g) d -> b k (g t) d", k=num_heads)
-    scores = _head_products("rd,sd->rs", rows, keys) * scale
-    scores = rearrange(softcap(scores, config.softcap), "b k (g t) s -> b k g t s", t=length)
+    rows = rearrange(q, "b t (k g) d -> (b k) (g t) d", k=num_heads)
+    scores = _head_products("nrd,nsd->nrs", rows, keys) * scale
+    scores = rearrange(softcap(scores, config.softcap), "(b k) (g t) s -> b k g t s", k=num_heads, t=length)
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _HIDDEN), axis=-1)
-    weights = rearrange(weights, "b k g t s -> b k (g t) s").astype(values.dtype)
-    out = _head_products("rs,sd->rd", weights, values)
-    return rearrange(out, "b k (g t) d -> b t (k g) d", t=length).astype(q.dtype)
+    weights = rearrange(weights, "b k g t s -> (b k) (g t) s").astype(values.dtype)
+    out = _head_products("nrs,nsd->nrd", weights, values)
+    return rearrange(out, "(b k) (g t) d -> b t (k g) d", k=num_heads, t=length).astype(q.dtype)
 
 
-def _head_products(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    """Multiplies the matrices of each batch row and head, f32[B, K, ...]; `equation` says how two matrices multiply.
+def _head_products(equation: str, rows: jax.Array, cached: jax.Array) -> jax.Array:
+    """Multiplies rows [N, R, ...] with cached [B, K, S, Dh], head by head, N = B*K, in float32.
 
-    XLA's CPU backend transposes the whole cache for a batched product of very few rows. One product per head avoids
-    that, but still reads each head's keys and values through a slice that the compiler materialises.
+    One batch axis, as in `models.cache.append`: with a batch of one, XLA would drop the axis B itself, and copy the
+    cache to do so.
     """
-
-    def product(left, right):
-        return jnp.einsum(equation, left, right, precision=PRECISION, preferred_element_type=jnp.float32)
-
-    batch, heads = left.shape[:2]
-    if jax.default_backend() == "cpu" and batch * heads <= _SMALL_BATCH:
-        return jnp.stack([jnp.stack([product(left[b, h], right[b, h]) for h in range(heads)]) for b in range(batch)])
-    return jax.vmap(jax.vmap(product))(left, right)
+    cached = rearrange(cached, "b k s d -> (b k) s d")
+    return jnp.einsum(equation, rows, cached, precision=PRECISION, preferred_element_type=jnp.float32)
 
 
 class Attention(nn.Module):

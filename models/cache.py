@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import struct
 
 from models.config import AttentionConfig
@@ -107,8 +108,11 @@ def crop(cache: KVCache, length: jax.Array) -> KVCache:
 
 def _write(buffer: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:
     """buffer [B, K, S, Dh], values [B, T, K, Dh], start i32[B]."""
-    values = jnp.swapaxes(values, 1, 2).astype(buffer.dtype)
-    return jax.vmap(lambda row, new, slot: jax.lax.dynamic_update_slice(row, new, (0, slot, 0)))(buffer, values, start)
+    heads = buffer.shape[1]
+    rows = rearrange(buffer, "b k s d -> (b k) s d")
+    values = rearrange(values, "b t k d -> (b k) t d").astype(buffer.dtype)
+    write = jax.vmap(lambda row, new, slot: jax.lax.dynamic_update_slice(row, new, (slot, 0)))
+    return rearrange(write(rows, values, jnp.repeat(start, heads)), "(b k) s d -> b k s d", k=heads)
 
 
 def _compact(buffer: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:

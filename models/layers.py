@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.config import MLPConfig, NormConfig, RopeConfig, RopeScaling
-from models.kernels import PRECISION, as_kernel
+from models.kernels import as_kernel
 
 _ACTIVATIONS = {
     "silu": nn.silu,
@@ -88,7 +88,7 @@ class Embedding(nn.Module):
 
     def scores(self, x: jax.Array) -> jax.Array:
         """Returns x times the table: [..., width] -> f32[..., num]."""
-        return jnp.matmul(x, self.embedding, precision=PRECISION, preferred_element_type=jnp.float32)
+        return as_kernel(self.embedding).dot(x, jnp.float32)
 
 
 class MLP(nn.Module):

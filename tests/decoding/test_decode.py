@@ -171,18 +171,24 @@ _CONFIG = DecoderConfig(
     "llama", vocab_size=67, width=44, blocks=(BlockConfig(_ATTENTION, MLPConfig(80)),) * 2, max_length=256
 )
 _SMALLEST = 44 * 30  # the key projection; a layer's cache has 3 * 103 * 10 numbers per row
-_MOVE = re.compile(r"= (\([^()]*\)|\S+) (?:copy|transpose|copy-start)\(")
+_CACHE_SIDES = {103, 10}  # slots and head width: no other array has both
+_MOVE = re.compile(r"%(\S+) = (\([^()]*\)|\S+) (copy|copy-start|transpose|slice|dynamic-slice|gather|fusion)\(")
 _SHAPE = re.compile(r"\w+\[([\d,]+)\]")
 
 
 def large_moves(hlo: str) -> list[str]:
-    """Returns the instructions that copy or transpose an array of at least `_SMALLEST` numbers."""
+    """Returns the instructions that copy a matrix or (part of) the cache: moves of at least `_SMALLEST` numbers, and
+    whatever else makes an array with the sides of a cache and is not a write in place.
+    """
     found = []
     for line in hlo.splitlines():
         match = _MOVE.search(line)
-        shapes = _SHAPE.findall(match[1]) if match else []
-        if any(math.prod(int(size) for size in shape.split(",")) >= _SMALLEST for shape in shapes):
-            found.append(line.strip())
+        shapes = [[int(side) for side in shape.split(",")] for shape in _SHAPE.findall(match[2])] if match else []
+        for shape in shapes:
+            in_place = match[3] == "fusion" and re.match("wrapped_scatter|.*dynamic-update-slice_fusion", match[1])
+            large = match[3] != "fusion" and math.prod(shape) >= _SMALLEST
+            if large or (set(shape) >= _CACHE_SIDES and not in_place):
+                found.append(line.strip())
     return found
 
 
@@ -214,12 +220,23 @@ def test_the_check_for_copies_sees_one():
     assert large_moves(compiled_advance(1, "greedy", copying))
 
 
+def test_the_check_for_copies_sees_one_head():
+    def slicing(plan, params, state, max_steps):
+        state = advance(plan, params, state, max_steps)
+        return state, jnp.ones((7, 10)) @ state.cache.k[0][0, 1].T
+
+    assert large_moves(compiled_advance(1, "greedy", slicing))
+
+
 @pytest.mark.parametrize(
     ("line", "large"),
     [
         ("  %copy.3 = f32[8,3,103,10]{3,2,1,0} copy(%p)", True),
         ("  ROOT %transpose.1 = f32[103,30]{0,1} transpose(%p), dimensions={1,0}", True),
         ("  %copy-start.1 = (f32[44,67]{1,0}, f32[44,67]{1,0}, u32[]) copy-start(%p)", True),
+        ("  %slice_bitcast_fusion.3 = f32[103,10]{1,0} fusion(%p), kind=kLoop", True),
+        ("  %wrapped_scatter.3 = f32[3,103,10]{2,1,0} fusion(%p, %q, %r), kind=kLoop", False),
+        ("  %exp_fusion.3 = f32[24,2,103]{2,1,0} fusion(%p), kind=kLoop", False),
         ("  %copy.3 = f32[8,3,1,10]{3,2,1,0} copy(%p)", False),
         ("  %copy.4 = s32[] copy(%p)", False),
         ("  %bitcast.4 = f32[8,3,103,10]{3,2,1,0} bitcast(%p)", False),

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import models.attention
 from models.attention import TreeRows, dense_attend, masked_attention, tree_attend
 from models.cache import LayerCache, commit, init_cache
 from models.config import AttentionConfig
@@ -46,14 +45,8 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["unrolled", "batched"])
-def form(request, monkeypatch):
-    """Both ways of multiplying heads; the CPU takes the unrolled one for small batches."""
-    monkeypatch.setattr(models.attention, "_SMALL_BATCH", 10_000 if request.param == "unrolled" else 0)
-
-
 @pytest.mark.parametrize("name", ["plain", "grouped", "one_key_head", "scale", "softcap"])
-def test_masked_attention(name, form):
+def test_masked_attention(name):
     config = CASES[name]
     q, keys, values = normal(2, 3, config.num_heads, 4), *(normal(2, 2, config.num_kv_heads, 7, 4))
     visible = RNG.random((2, 3, 7)) < 0.5
@@ -62,7 +55,7 @@ def test_masked_attention(name, form):
     np.testing.assert_allclose(got, slow_attention(q, keys, values, visible, config), atol=1e-5)
 
 
-def test_masked_attention_in_bfloat16_has_float32_scores(form):
+def test_masked_attention_in_bfloat16_has_float32_scores():
     """Scores of 300 apart by 0.25 must not tie, as they would if products were rounded to bfloat16."""
     config = AttentionConfig(1, 1, 2, scale=1.0)
     q = jnp.asarray([[[[300.0, 0.25]]]], jnp.bfloat16)

@@ -49,6 +49,17 @@ def test_dense():
     assert half.dot(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [None, jnp.float32])
+@pytest.mark.parametrize("width", [6, 5])
+def test_dense_of_one_row(width, dtype):
+    """An even width takes the halves on a CPU."""
+    w, x = normal(0, width, 7).astype(jnp.bfloat16), normal(1, 1, 1, width).astype(jnp.bfloat16)
+    y = Dense(w).dot(x, dtype)
+    assert y.shape == (1, 1, 7) and y.dtype == (dtype or jnp.bfloat16)
+    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    np.testing.assert_allclose(np.asarray(y, np.float64), exact, atol=2e-2 if dtype is None else 1e-5)
+
+
 def test_as_kernel():
     w = normal(0, 4, 4)
     assert isinstance(as_kernel(w), Dense)
