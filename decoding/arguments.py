@@ -24,7 +24,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS: dict[str, Setting] = {
-    "temperature": Setting(1.0, np.float32, ">= 0 and finite", lambda x: (x >= 0) & np.isfinite(x)),
+    "temperature": Setting(0.0, np.float32, ">= 0 and finite", lambda x: (x >= 0) & np.isfinite(x)),
     "top_k": Setting(0, np.int32, ">= 0 (0 keeps all)", lambda x: x >= 0),
     "top_p": Setting(1.0, np.float32, "in (0, 1]", lambda x: (x > 0) & (x <= 1)),
     "min_p": Setting(0.0, np.float32, "in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
@@ -32,13 +32,18 @@ SETTINGS: dict[str, Setting] = {
 }
 
 
-def read_sampling(given: Mapping[str, Any], batch: int, method: str, samples: bool) -> Sampling:
-    """Returns the rows' sampling settings, defaults for those not given; a method that does not sample takes none."""
+def read_sampling(given: Mapping[str, Any], batch: int, method: str, temperature: float | None) -> Sampling:
+    """Returns the rows' sampling settings, defaults for those not given.
+
+    `temperature` is the method's default; a method without one does not sample, and takes no settings.
+    """
     for name in given:
         if name not in SETTINGS:
             raise unknown_name("sampling setting", name, SETTINGS)
-        if not samples:
+        if temperature is None:
             raise InputError(f"method {method!r} takes no {name}: use method='sample'")
+    if temperature is not None:
+        given = {"temperature": temperature, **given}
     return Sampling(**{name: _read_setting(name, given, batch) for name in SETTINGS})
 
 

@@ -11,7 +11,7 @@ from flax import struct
 
 from decoding.method import Call, Method, Steps
 from decoding.prefill import Prompts
-from decoding.sampling import Sampling, draw, process_logits, step_keys
+from decoding.sampling import Sampling, draw, likeliest, process_logits, step_keys
 from decoding.state import DecodeState, emit
 from models.cache import KVCache, commit
 from models.decoder import Decoder
@@ -48,7 +48,7 @@ def make_greedy(model: Decoder, options: NoOptions, stop_tokens: tuple[int, ...]
 
     def step(params: Any, state: DecodeState) -> DecodeState:
         logits, state = target_step(model, params, state)
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        token = likeliest(logits)
         return emit(state, token[:, None], jnp.ones_like(token), stop_tokens)
 
     return Steps(init, step)
@@ -69,8 +69,7 @@ def make_sample(model: Decoder, options: NoOptions, stop_tokens: tuple[int, ...]
         carry = state.carry
         logits = process_logits(logits, carry.sampling, carry.seen)
         drawn = draw(logits, step_keys(carry.keys, state.lengths))
-        likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        token = jnp.where(carry.sampling.temperature > 0, drawn, likeliest)
+        token = jnp.where(carry.sampling.temperature > 0, drawn, likeliest(logits))
         seen = carry.seen.at[jnp.arange(token.shape[0]), token].set(True)
         state = state.replace(carry=carry.replace(seen=seen))
         return emit(state, token[:, None], jnp.ones_like(token), stop_tokens)
@@ -78,5 +77,5 @@ def make_sample(model: Decoder, options: NoOptions, stop_tokens: tuple[int, ...]
     return Steps(init, step)
 
 
-GREEDY = Method("exact", NoOptions, make_greedy, samples=False)
-SAMPLE = Method("distribution", NoOptions, make_sample, samples=True)
+GREEDY = Method("exact", NoOptions, make_greedy)
+SAMPLE = Method("distribution", NoOptions, make_sample, temperature=1.0)

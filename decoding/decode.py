@@ -17,8 +17,10 @@ import numpy as np
 
 from decoding import autoregressive
 from decoding.arguments import read_keys, read_limit, read_sampling, whole_number
-from decoding.method import Call, Method, Steps
+from decoding.method import Call, Method, Steps, WithDraft, target_params
 from decoding.prefill import Prompts, pad_prompts, prefill
+from decoding.speculative.prompt_lookup import PROMPT_LOOKUP
+from decoding.speculative.token_recycling import TOKEN_RECYCLING
 from decoding.state import DecodeOutput, DecodeState, init_state
 from models.decoder import Decoder
 from models.errors import InputError, unknown_name
@@ -26,6 +28,8 @@ from models.errors import InputError, unknown_name
 METHODS: dict[str, Method] = {
     "greedy": autoregressive.GREEDY,
     "sample": autoregressive.SAMPLE,
+    "prompt_lookup": PROMPT_LOOKUP,
+    "token_recycling": TOKEN_RECYCLING,
 }
 
 
@@ -46,14 +50,15 @@ class Plan:
 
     def num_slots(self, bucket: int) -> int:
         """Returns S for prompts of a bucket: room for the padded prompt, and for every new token or as asked for."""
-        return bucket + self.room if self.cache_slots is None else max(self.cache_slots, bucket)
+        return bucket + self.room + self.steps().rows - 1 if self.cache_slots is None else max(self.cache_slots, bucket)
 
 
 def start(plan: Plan, params: Any, prompts: Prompts, call: Call) -> DecodeState:
     """Reads the prompts into the cache and returns the state before the first step. Pure."""
-    cache = prefill(plan.model, params, prompts, plan.num_slots(prompts.tokens.shape[1]))
+    steps = plan.steps()
+    cache = prefill(plan.model, target_params(params), prompts, plan.num_slots(prompts.tokens.shape[1]))
     last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
-    return init_state(cache, last, call.limit, plan.room, plan.steps().init(params, prompts, cache, call))
+    return init_state(cache, last, call.limit, plan.room, steps.most, steps.init(params, prompts, cache, call))
 
 
 def advance(plan: Plan, params: Any, state: DecodeState, max_steps: jax.Array) -> DecodeState:
@@ -75,7 +80,7 @@ def decode(plan: Plan, params: Any, prompts: Prompts, call: Call) -> DecodeOutpu
     """Decodes a batch from prompts to new tokens. Pure, to be jitted or traced into something larger."""
     state = start(plan, params, prompts, call)
     state = advance(plan, params, state, jnp.asarray(plan.room, jnp.int32))
-    return DecodeOutput(state.tokens, state.lengths, state.stats)
+    return DecodeOutput(state.tokens, state.lengths, state.stats, plan.steps().warm(state.carry))
 
 
 _decode = jax.jit(decode, static_argnums=0)
@@ -102,17 +107,19 @@ class DecodeFn:
         rng: int | Sequence[int] | jax.Array = 0,
         *,
         max_new_tokens: int | Sequence[int] | None = None,
+        warm: Any = None,
         **sampling: float | Sequence[float],
     ) -> DecodeOutput:
         """Decodes.
 
         Args:
-            params: the model's parameters.
+            params: the model's parameters; for a method that drafts with a second model `WithDraft(target, draft)`.
             prompts: B lists of token ids, each of any length.
             rng: a seed or key for the batch (row b then uses that key folded with b), or B seeds or keys, one per row.
                 A row's text depends on its own seed and prompt alone.
             max_new_tokens: new tokens wanted, for all rows or one number per row; None or at most what the function was
                 made with.
+            warm: an earlier output's `warm`, to start from what a drafter has learned; None starts afresh.
             **sampling: temperature, top_k, top_p, min_p, repetition_penalty (`decoding.sampling.Sampling`), a number
                 for all rows or one per row; only for methods that sample.
 
@@ -123,10 +130,13 @@ class DecodeFn:
             InputError: an empty prompt, one that does not fit the cache, ids of another tokenizer, or a setting out of
                 range.
         """
-        return _decode(self.plan, params, *self.inputs(prompts, rng, max_new_tokens=max_new_tokens, **sampling))
+        self._check_params(params)
+        prompts, call = self.inputs(prompts, rng, max_new_tokens=max_new_tokens, warm=warm, **sampling)
+        return _decode(self.plan, params, prompts, call)
 
     def start(self, params: Any, prompts: Prompts, call: Call) -> DecodeState:
         """Reads the prompts (as `inputs` returns them) and returns the state before the first step."""
+        self._check_params(params)
         return _start(self.plan, params, prompts, call)
 
     def advance(self, params: Any, state: DecodeState, max_steps: int | None = None) -> DecodeState:
@@ -155,6 +165,7 @@ class DecodeFn:
         rng: int | Sequence[int] | jax.Array = 0,
         *,
         max_new_tokens: int | Sequence[int] | None = None,
+        warm: Any = None,
         **sampling: float | Sequence[float],
     ) -> tuple[Prompts, Call]:
         """Checks a call's arguments (see `__call__`) and returns them as the arrays that `decode` and `start` take."""
@@ -165,20 +176,44 @@ class DecodeFn:
         # The newest token never enters the cache, so one more token fits than there are slots left.
         free = capacity - padded.lengths + 1
         method = self.plan.method
-        settings = read_sampling(sampling, batch, method, METHODS[method].samples)
-        return padded, Call(np.minimum(limit, free), read_keys(rng, batch), settings)
+        settings = read_sampling(sampling, batch, method, METHODS[method].temperature)
+        return padded, Call(np.minimum(limit, free), read_keys(rng, batch), settings, self._warm(warm))
+
+    def _check_params(self, params: Any) -> None:
+        drafts = METHODS[self.plan.method].drafts
+        if drafts != isinstance(params, WithDraft):
+            wanted = "WithDraft(target, draft)" if drafts else "the model's own parameters, not WithDraft"
+            raise InputError(f"method {self.plan.method!r} takes {wanted} as params")
+
+    def _warm(self, warm: Any) -> Any:
+        """Returns what to start from; raises InputError where it is not this method's."""
+        cold = self.plan.steps().cold()
+        if warm is None:
+            return cold
+        shapes = [jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), value) for value in (warm, cold)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"warm must be the `warm` of an earlier output of method {self.plan.method!r} with the same model and "
+                f"options: wanted {shapes[1]}, got {shapes[0]}"
+            )
+        return warm
 
     def _capacity(self, longest: int, bucket: int) -> int:
         """Returns how many tokens a row may hold; raises InputError when the longest prompt is longer."""
         slots, context = self.plan.cache_slots, self.plan.model.config.max_length
-        if slots is not None and longest > slots:
-            raise InputError(f"the longest prompt has {longest} tokens, the cache {slots} slots: raise cache_slots")
+        spare = self.plan.steps().rows - 1  # a step writes its other rows behind the last token that may enter
+        if slots is not None and longest > slots - spare:
+            needed = f", of which a step of method {self.plan.method!r} needs {spare} to spare" if spare else ""
+            raise InputError(
+                f"the longest prompt has {longest} tokens, the cache {slots} slots{needed}: raise cache_slots to "
+                f"{longest + spare} or more"
+            )
         if longest > context:
             raise InputError(
                 f"the longest prompt has {longest} tokens, the model's context only {context}: shorten it, or use a "
                 "model with a longer context"
             )
-        return min(context, self.plan.num_slots(bucket) if slots is None else slots)
+        return min(context, (self.plan.num_slots(bucket) if slots is None else slots) - spare)
 
 
 def make_decode_fn(
@@ -219,4 +254,6 @@ def make_decode_fn(
         if name not in known:
             raise unknown_name(f"option of method {method!r}", name, known)
     stops = tuple(sorted({whole_number("an id in stop_tokens", token) for token in stop_tokens}))
-    return DecodeFn(Plan(model, method, METHODS[method].options(**options), max_new_tokens, stops, cache_slots))
+    plan = Plan(model, method, METHODS[method].options(**options), max_new_tokens, stops, cache_slots)
+    plan.steps()  # refuses options that do not fit the model
+    return DecodeFn(plan)

@@ -21,11 +21,26 @@ class Call:
         limit: i32[B], new tokens per row at most.
         keys: one random key per row.
         sampling: the rows' sampling settings.
+        warm: what the method starts from (`Steps.cold`, or an earlier output's `warm`), or None.
     """
 
     limit: jax.Array
     keys: jax.Array
     sampling: Sampling
+    warm: Any = None
+
+
+@struct.dataclass
+class WithDraft:
+    """The parameters of a method that drafts with a second model: pass `WithDraft(target, draft)` as `params`."""
+
+    target: Any
+    draft: Any
+
+
+def target_params(params: Any) -> Any:
+    """Returns the target's own parameters."""
+    return params.target if isinstance(params, WithDraft) else params
 
 
 class Steps(NamedTuple):
@@ -34,23 +49,34 @@ class Steps(NamedTuple):
     Attributes:
         init: (params, prompts, cache, call) -> what the method keeps in `DecodeState.carry`.
         step: (params, state) -> state, with at least one token emitted by every row that is not done.
+        rows: cache slots that a step writes behind a row's length.
+        most: A, tokens that a step emits at most per row.
+        cold: () -> what stays warm between calls, as it is at first; None where nothing stays.
+        warm: carry -> what stays warm between calls.
     """
 
     init: Callable[[Any, Prompts, KVCache, Call], Any]
     step: Callable[[Any, DecodeState], DecodeState]
+    rows: int = 1
+    most: int = 1
+    cold: Callable[[], Any] = lambda: None
+    warm: Callable[[Any], Any] = lambda carry: None
 
 
 class Method(NamedTuple):
     """A row of the registry.
 
     Attributes:
-        label: `exact` (the tokens of plain greedy decoding), `distribution` (the law of plain sampling), or `lossy`.
+        label: `exact` (the tokens of plain greedy decoding; where it samples, the law of plain sampling),
+            `distribution` (samples by default, with the law of plain sampling), or `lossy`.
         options: frozen dataclass of the method's static options.
         make: (model, options, stop_tokens) -> Steps.
-        samples: whether calls may pass sampling settings.
+        temperature: the default of calls that give none; None: the method does not sample at all.
+        drafts: whether it drafts with a second model: `options.draft` is then that model, `params` a `WithDraft`.
     """
 
     label: Literal["exact", "distribution", "lossy"]
     options: type
     make: Callable[[Decoder, Any, tuple[int, ...]], Steps]
-    samples: bool
+    temperature: float | None = None
+    drafts: bool = False

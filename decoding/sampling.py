@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 _BLOCK = 256
+_TOP_BLOCK = 64
 
 
 @struct.dataclass
@@ -62,6 +63,37 @@ def process_logits(logits: jax.Array, sampling: Sampling, seen: jax.Array) -> ja
     logits = jnp.where(kept, logits, -jnp.inf)
     margin = jnp.where(temperature > 0, -jnp.log(sampling.min_p[:, None]), 0.0)
     return jnp.where(-logits <= margin, logits, -jnp.inf)
+
+
+def probabilities(logits: jax.Array, sampling: Sampling, seen: jax.Array) -> jax.Array:
+    """Returns the law to sample from, f32[B, V]; at temperature 0 all of it is on the first of the most likely tokens.
+
+    See `process_logits` for the arguments.
+    """
+    logits = process_logits(logits, sampling, seen)
+    one_hot = jax.nn.one_hot(likeliest(logits), logits.shape[-1], dtype=jnp.float32)
+    return jnp.where(sampling.temperature[:, None] > 0, jax.nn.softmax(logits, axis=-1), one_hot)
+
+
+def likeliest(logits: jax.Array) -> jax.Array:
+    """Returns the most likely token, i32[...], of f32[..., V]; the first one on a tie."""
+    return top_tokens(logits, 1)[..., 0]
+
+
+def top_tokens(logits: jax.Array, k: int) -> jax.Array:
+    """Returns the k most likely tokens of f32[..., V], most likely first, i32[..., k]: what `lax.top_k` does, faster.
+
+    The k best lie in the k blocks with the highest maxima, so that all but these blocks need no more than a maximum.
+    """
+    shape, vocab = logits.shape[:-1], logits.shape[-1]
+    if vocab < 2 * k * _TOP_BLOCK:
+        return jax.lax.top_k(logits, k)[1]
+    padding = [(0, 0)] * len(shape) + [(0, -vocab % _TOP_BLOCK)]
+    blocks = jnp.pad(logits, padding, constant_values=-jnp.inf).reshape(*shape, -1, _TOP_BLOCK)
+    best = jnp.sort(jax.lax.top_k(blocks.max(axis=-1), k)[1], axis=-1)
+    inside = jnp.take_along_axis(blocks, best[..., None], axis=-2).reshape(*shape, -1)
+    place = jax.lax.top_k(inside, k)[1]
+    return jnp.take_along_axis(best, place // _TOP_BLOCK, axis=-1) * _TOP_BLOCK + place % _TOP_BLOCK
 
 
 def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:

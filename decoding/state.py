@@ -17,7 +17,7 @@ from models.cache import KVCache
 
 @struct.dataclass
 class DecodeStats:
-    """Counts per row, i32[B] each; every method counts the same things.
+    """Counts per row, i32[B] unless said otherwise; every method counts the same things.
 
     Attributes:
         steps: loop steps that the row took part in.
@@ -26,6 +26,7 @@ class DecodeStats:
         accepted: proposed tokens that were emitted.
         target_calls: forward passes of the target model after the prompt.
         draft_calls: forward passes of a draft model after the prompt.
+        histogram: i32[B, A + 1]; entry n counts the steps that emitted n tokens.
     """
 
     steps: jax.Array
@@ -34,6 +35,7 @@ class DecodeStats:
     accepted: jax.Array
     target_calls: jax.Array
     draft_calls: jax.Array
+    histogram: jax.Array
 
 
 @struct.dataclass
@@ -44,11 +46,13 @@ class DecodeOutput:
         tokens: i32[B, N], new tokens; 0 from `lengths` on.
         lengths: i32[B], new tokens per row, stop token included.
         stats: counts per row.
+        warm: what the method learned and may start from in the next call (`decode_fn(..., warm=output.warm)`), or None.
     """
 
     tokens: jax.Array
     lengths: jax.Array
     stats: DecodeStats
+    warm: Any = None
 
 
 @struct.dataclass
@@ -76,8 +80,8 @@ class DecodeState:
     carry: Any
 
 
-def init_state(cache: KVCache, last: jax.Array, limit: jax.Array, room: int, carry: Any) -> DecodeState:
-    """Returns the state before the first step; `room` is N, `last` (i32[B]) the last token of each prompt."""
+def init_state(cache: KVCache, last: jax.Array, limit: jax.Array, room: int, most: int, carry: Any) -> DecodeState:
+    """Returns the state before the first step; `room` is N, `most` is A, `last` (i32[B]) the prompts' last tokens."""
     zero = jnp.zeros_like(limit)
     return DecodeState(
         cache=cache,
@@ -86,7 +90,7 @@ def init_state(cache: KVCache, last: jax.Array, limit: jax.Array, room: int, car
         lengths=zero,
         limit=limit,
         done=limit <= 0,
-        stats=DecodeStats(zero, zero, zero, zero, zero, zero),
+        stats=DecodeStats(zero, zero, zero, zero, zero, zero, jnp.zeros((limit.shape[0], most + 1), jnp.int32)),
         carry=carry,
     )
 
@@ -109,8 +113,6 @@ def emit(state: DecodeState, tokens: jax.Array, count: jax.Array, stop_tokens: t
     stops = jnp.isin(tokens, jnp.asarray(stop_tokens, jnp.int32)) & (offers < count[:, None])
     stopped = stops.any(axis=1)
     count = jnp.where(stopped, jnp.argmax(stops, axis=1) + 1, count)
-    offset = jnp.arange(state.tokens.shape[1])[None, :] - state.lengths[:, None]
-    offered = jnp.take_along_axis(tokens, jnp.clip(offset, 0, tokens.shape[1] - 1), axis=1)
     newest = jnp.take_along_axis(tokens, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
     lengths = state.lengths + count
     active = (~state.done).astype(jnp.int32)
@@ -118,11 +120,19 @@ def emit(state: DecodeState, tokens: jax.Array, count: jax.Array, stop_tokens: t
         steps=state.stats.steps + active,
         emitted=state.stats.emitted + count,
         target_calls=state.stats.target_calls + active,
+        histogram=state.stats.histogram.at[jnp.arange(count.shape[0]), count].add(active),
     )
     return state.replace(
-        tokens=jnp.where((offset >= 0) & (offset < count[:, None]), offered, state.tokens),
+        tokens=write_tokens(state.tokens, state.lengths, tokens, count),
         lengths=lengths,
         last=jnp.where(count > 0, newest, state.last),
         done=state.done | stopped | (lengths >= state.limit),
         stats=stats,
     )
+
+
+def write_tokens(text: jax.Array, lengths: jax.Array, tokens: jax.Array, count: jax.Array) -> jax.Array:
+    """Returns text i32[B, N] with each row's first `count` of tokens i32[B, A] at places `lengths` and after."""
+    offset = jnp.arange(text.shape[1])[None, :] - lengths[:, None]
+    offered = jnp.take_along_axis(tokens, jnp.clip(offset, 0, tokens.shape[1] - 1), axis=1)
+    return jnp.where((offset >= 0) & (offset < count[:, None]), offered, text)

@@ -57,11 +57,15 @@ class Attend(Protocol):
 
 @struct.dataclass
 class TreeRows:
-    """The context of `tree_attend`: how the W rows of a token tree hang together.
+    """The context of `tree_attend`: how the rows of a token tree hang together.
+
+    A tree may be read in one pass (T = W) or level by level: T new rows then follow the W - T rows that earlier passes
+    wrote behind the same `length`.
 
     Attributes:
-        ancestors: bool[B or 1, W, W]; [i, j] is true when j is i or an ancestor of i.
-        depth: i32[B or 1, W]; edges between a row and row 0. The caller passes positions length + depth to the model.
+        ancestors: bool[B or 1, T, W]; [i, j] is true when row j of the tree is new row i itself or an ancestor of it.
+        depth: i32[B or 1, W]; each row's distance from `length`, so that its position is length + depth. The caller
+            passes the new rows' positions to the model.
     """
 
     ancestors: jax.Array
@@ -84,24 +88,26 @@ def dense_attend(q, k, v, cache, ctx, *, config, layer):
 
 
 def tree_attend(q, k, v, cache, ctx: TreeRows, *, config, layer):
-    """Attention of a token tree: row w sees every committed slot and its own ancestors, itself included.
+    """Attention of a token tree: a new row sees every committed slot and its own ancestors, itself included.
 
-    The rows are written at slots length..length+W-1 in tree order; `models.cache.commit` keeps an accepted path. Needs
-    a cache. See `Attend` for the arguments.
+    The W rows of the tree stand at slots length..length+W-1 in tree order, the new ones last;
+    `models.cache.commit` keeps an accepted path. Needs a cache. See `Attend` for the arguments.
     """
-    cache = append(cache, k, v)
-    batch, width, num_slots = q.shape[0], q.shape[1], cache.k.shape[2]
-    ancestors = jnp.broadcast_to(ctx.ancestors, (batch, width, width))
+    (batch, num_new), width = q.shape[:2], ctx.ancestors.shape[-1]
+    start = cache.length
+    cache = append(cache, k, v, start + (width - num_new))
+    num_slots = cache.k.shape[2]
+    ancestors = jnp.broadcast_to(ctx.ancestors, (batch, num_new, width))
     depth = jnp.broadcast_to(ctx.depth, (batch, width))
     slots = jnp.arange(num_slots)[None, None, :]
-    committed = jnp.broadcast_to(slots < cache.length[:, None, None], (batch, width, num_slots))
+    committed = jnp.broadcast_to(slots < start[:, None, None], (batch, num_new, num_slots))
     place = jax.vmap(lambda row, block, slot: jax.lax.dynamic_update_slice(row, block, (0, slot)))
-    visible = place(committed, ancestors, cache.length)
+    visible = place(committed, ancestors, start)
     if config.window is not None:
-        positions = cache.length[:, None] + depth
+        positions = start[:, None] + depth
         slot_positions = jnp.broadcast_to(slots, (batch, 1, num_slots))
-        slot_positions = place(slot_positions, positions[:, None, :], cache.length)
-        visible &= slot_positions > positions[:, :, None] - config.window
+        slot_positions = place(slot_positions, positions[:, None, :], start)
+        visible &= slot_positions > positions[:, width - num_new :, None] - config.window
     return masked_attention(q, cache.k, cache.v, visible, config), cache, ctx
 
 

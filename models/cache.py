@@ -74,13 +74,14 @@ def init_cache(layers: Sequence[AttentionConfig], batch: int, num_slots: int, dt
     )
 
 
-def append(layer: LayerCache, k: jax.Array, v: jax.Array) -> LayerCache:
-    """Writes k, v: [B, T, K, Dh] at slots length..length+T-1 of each row; the length stays.
+def append(layer: LayerCache, k: jax.Array, v: jax.Array, start: jax.Array | None = None) -> LayerCache:
+    """Writes k, v: [B, T, K, Dh] at slots start..start+T-1 of each row (None: from the length on); the length stays.
 
-    The caller keeps length + T <= S: like any dynamic slice, a write that would pass the end is moved back until it
+    The caller keeps start + T <= S: like any dynamic slice, a write that would pass the end is moved back until it
     fits.
     """
-    return layer.replace(k=_write(layer.k, k, layer.length), v=_write(layer.v, v, layer.length))
+    start = layer.length if start is None else start
+    return layer.replace(k=_write(layer.k, k, start), v=_write(layer.v, v, start))
 
 
 def commit(cache: KVCache, rows: jax.Array | None, count: jax.Array) -> KVCache:

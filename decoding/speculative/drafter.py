@@ -1,0 +1,78 @@
+"""What a drafter is to the loop: a triple of pure functions, as an optimiser is a pair.
+
+Axis letters: B batch, W tree rows, A tokens that one step emits at most, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax import struct
+
+from decoding.method import Call
+from decoding.prefill import Prompts
+from decoding.speculative.tree import TokenTree
+from decoding.speculative.verify import Mode, Verified
+
+
+@struct.dataclass
+class Round:
+    """What a drafter may look at when it proposes.
+
+    Attributes:
+        last: i32[B], the newest token, row 0 of the tree.
+        lengths: i32[B], new tokens so far.
+        keys: one random key per row, for this step and the drafter alone.
+        call: what the user set for this call.
+        seen: bool[B, V], tokens that occur in prompt or output.
+        done: bool[B], rows that have ended.
+    """
+
+    last: jax.Array
+    lengths: jax.Array
+    keys: jax.Array
+    call: Call
+    seen: jax.Array
+    done: jax.Array
+
+
+@struct.dataclass
+class Seen:
+    """What a drafter may learn from a step.
+
+    Attributes:
+        tree: what it proposed.
+        logits: f32[B, W, V], the target's logits behind every row, accepted or not.
+        verified: what was kept.
+        emitted: i32[B], tokens that were added to the output: `verified.tokens` up to here. Fewer than were verified
+            where a row ended, 0 for rows that are done.
+    """
+
+    tree: TokenTree
+    logits: jax.Array
+    verified: Verified
+    emitted: jax.Array
+
+
+class Drafter(NamedTuple):
+    """A drafter made for one model.
+
+    Attributes:
+        width: W.
+        most: A, one more than the deepest row's depth.
+        mode: how its trees are verified when a row samples (greedy rows need none): see `verify`.
+        init: (draft_params, prompts, slots, call) -> draft state; `slots` is how many tokens the target's cache holds.
+        propose: (draft_params, state, round) -> (tree, state, drafted i32[B], draft calls i32[B]).
+        observe: (draft_params, state, seen) -> state.
+        cold: () -> the state that stays warm between calls, as it is at first; None where nothing stays.
+        warm: state -> its part that stays warm.
+    """
+
+    width: int
+    most: int
+    mode: Mode
+    init: Callable[[Any, Prompts, int, Call], Any]
+    propose: Callable[[Any, Any, Round], tuple[TokenTree, Any, jax.Array, jax.Array]]
+    observe: Callable[[Any, Any, Seen], Any]
+    cold: Callable[[], Any] | None = None
+    warm: Callable[[Any], Any] | None = None

@@ -1,0 +1,83 @@
+"""Draft and verify: one step for every drafter. Propose a tree, run the target once over its rows, keep what the target
+would have written itself, tell the drafter.
+
+Sources: speculative decoding (2211.17192, 2302.01318) over token trees (SpecInfer 2305.09781). Each row of a ragged
+batch accepts its own number of tokens; no row waits for another.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from decoding.method import Call, Steps, WithDraft, target_params
+from decoding.prefill import Prompts
+from decoding.sampling import step_keys
+from decoding.speculative.drafter import Drafter, Round, Seen
+from decoding.speculative.verify import Target, verify
+from decoding.state import DecodeState, emit
+from models.attention import TreeRows, tree_attend
+from models.cache import KVCache, commit
+from models.decoder import Decoder
+
+_DRAFT = 0x5EED  # folds a step's key for the drafter; the verifier folds with row numbers
+
+
+@struct.dataclass
+class SpeculativeCarry:
+    """What every speculative method keeps: the drafter's state, the call, bool[B, V] tokens of prompt and output."""
+
+    draft: Any
+    call: Call
+    seen: jax.Array
+
+
+def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, ...]) -> Steps:
+    """Returns the steps of a method that drafts with `drafter` and verifies with `model`."""
+
+    def init(params: Any, prompts: Prompts, cache: KVCache, call: Call) -> SpeculativeCarry:
+        batch, width = prompts.tokens.shape
+        real = jnp.arange(width)[None, :] < prompts.lengths[:, None]
+        seen = jnp.zeros((batch, model.config.vocab_size), bool)
+        seen = seen.at[jnp.arange(batch)[:, None], prompts.tokens].max(real)
+        return SpeculativeCarry(drafter.init(_draft_params(params), prompts, cache.num_slots, call), call, seen)
+
+    def step(params: Any, state: DecodeState) -> DecodeState:
+        carry = state.carry
+        keys = step_keys(carry.call.keys, state.lengths)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _DRAFT)
+        round_ = Round(state.last, state.lengths, keys, carry.call, carry.seen, state.done)
+        tree, draft, drafted, draft_calls = drafter.propose(_draft_params(params), carry.draft, round_)
+        rows = TreeRows(tree.ancestors, tree.depth)
+        output = model.apply(
+            {"params": target_params(params)},
+            tree.tokens,
+            positions=state.cache.length[:, None] + tree.depth,
+            cache=state.cache,
+            attend=tree_attend,
+            ctx=rows,
+        )
+        target = Target(output.logits, carry.call.sampling, carry.seen, carry.call.keys, state.lengths)
+        verified = verify(drafter.mode, tree, target, drafter.most)
+        after = emit(state, verified.tokens, verified.count, stop_tokens)
+        emitted = after.lengths - state.lengths
+        draft = drafter.observe(_draft_params(params), draft, Seen(tree, output.logits, verified, emitted))
+        active = (~state.done).astype(jnp.int32)
+        stats = after.stats.replace(
+            drafted=after.stats.drafted + drafted * active,
+            accepted=after.stats.accepted + jnp.minimum(emitted, verified.count - 1),
+            draft_calls=after.stats.draft_calls + draft_calls * active,
+        )
+        kept = jnp.arange(drafter.most)[None, :] < emitted[:, None]
+        seen = carry.seen.at[jnp.arange(len(emitted))[:, None], verified.tokens].max(kept)
+        cache = commit(output.cache, verified.rows, verified.count * active)
+        return after.replace(cache=cache, stats=stats, carry=carry.replace(draft=draft, seen=seen))
+
+    cold = drafter.cold or (lambda: None)
+    warm = (lambda carry: drafter.warm(carry.draft)) if drafter.warm else (lambda carry: None)
+    return Steps(init, step, drafter.width, drafter.most, cold, warm)
+
+
+def _draft_params(params: Any) -> Any:
+    return params.draft if isinstance(params, WithDraft) else None

@@ -1,0 +1,108 @@
+"""Token Recycling: a table of each token's likely successors, filled with what the target computes anyway.
+
+Source: "Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token Recycling"
+(2408.08696). For each token id the table keeps the k most likely next tokens of the last time that the target read that
+token; a tree of fixed shape is filled by walking the table from the newest token, and every row of the tree, accepted
+or not, refreshes it.
+
+Deviations from the released code: it writes rows of one id in an unspecified order, here the last row of an id wins; it
+keeps the table in a global, here it is a value (`output.warm`); it ignores sampling, here rows that sample are verified
+by node sampling. One table serves the whole batch. `recycle_prompt` also fills it from the prompt, which the paper does
+not do.
+
+Axis letters: B batch, W tree rows, V vocabulary, k successors kept.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decoding.method import Call, Method, Steps
+from decoding.prefill import Prompts
+from decoding.sampling import top_tokens
+from decoding.speculative.drafter import Drafter, Round, Seen
+from decoding.speculative.loop import make_speculative
+from decoding.speculative.tree import Template, TokenTree
+from models.decoder import Decoder
+from models.errors import InputError
+
+_PAPER_TREE = """
+:8
+0:8 1:4 2:3 3:2 4:1 5:1 6:1 7:1
+00:8 01:3 02:2 03:1 04:1 05:1 06:1 07:1 10:2 11:1 20:1 30:1 40:1 50:1
+000:5 001:2 002:1 003:1 004:1 010:1 020:1 100:1 200:1 300:1
+0000:3 0001:1 0002:1 0010:1 0100:1 1000:1
+00000:2 00010:1
+"""  # a path of ranks, and how many children it has
+NUM_SUCCESSORS = 8
+
+
+def paper_template() -> Template:
+    """Returns the 81 rows of the released code, in levels of 8, 21, 25, 15, 8 and 3 below the newest token."""
+    children = [line.split(":") for line in _PAPER_TREE.split()]
+    paths = [()] + [(*map(int, path), rank) for path, count in children for rank in range(int(count))]
+    return Template(tuple(sorted(paths, key=lambda path: (len(path), path))))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRecyclingOptions:
+    """Rows of the tree (the likeliest ones of the paper's 81), and whether the prompt fills the table too."""
+
+    width: int = 81
+    recycle_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.width <= 81:
+            raise InputError(f"width must be 2 to 81 rows of the paper's tree, got {self.width}")
+
+
+def fill(template: Template, table: jax.Array, last: jax.Array) -> jax.Array:
+    """Returns the tree's tokens, i32[B, W]: row i is its parent's successor of rank[i]. One gather per level."""
+    tokens = jnp.zeros((last.shape[0], template.width), jnp.int32).at[:, 0].set(last)
+    for start, stop in template.levels:
+        parents = tokens[:, template.parent[start:stop]]
+        tokens = tokens.at[:, start:stop].set(table[parents, template.rank[start:stop][None, :]])
+    return tokens
+
+
+def recycle(table: jax.Array, tokens: jax.Array, logits: jax.Array, real: jax.Array) -> jax.Array:
+    """Returns the table i32[V, k] with each row of `tokens` (i32[N]) set to the top k of its logits f32[N, V].
+
+    Where a token occurs more than once its last real row wins; rows that are not `real` (bool[N]) write nothing.
+    """
+    later = jnp.triu((tokens[:, None] == tokens[None, :]) & real[None, :], 1).any(axis=1)
+    target = jnp.where(real & ~later, tokens, table.shape[0])
+    return table.at[target].set(top_tokens(logits, table.shape[1]), mode="drop")
+
+
+def make_token_recycling(model: Decoder, options: TokenRecyclingOptions, stop_tokens: tuple[int, ...]) -> Steps:
+    """Drafts with the table; `Call.warm` is the table to start from."""
+    template = paper_template().prefix(options.width)
+    successors = min(NUM_SUCCESSORS, model.config.vocab_size)
+    if int(template.rank.max()) >= successors:
+        raise InputError(f"a vocabulary of {successors} tokens is too small for trees of {NUM_SUCCESSORS} siblings")
+
+    def cold() -> np.ndarray:
+        return np.zeros((model.config.vocab_size, successors), np.int32)
+
+    def init(params: Any, prompts: Prompts, slots: int, call: Call) -> jax.Array:
+        return call.warm
+
+    def propose(params: Any, table: jax.Array, round_: Round) -> tuple[TokenTree, jax.Array, jax.Array, jax.Array]:
+        tree = template.tree(fill(template, table, round_.last))
+        zero = jnp.zeros_like(round_.lengths)
+        return tree, table, zero + (template.width - 1), zero
+
+    def observe(params: Any, table: jax.Array, seen: Seen) -> jax.Array:
+        real = jnp.broadcast_to((seen.emitted > 0)[:, None], seen.tree.tokens.shape)
+        vocab = seen.logits.shape[-1]
+        return recycle(table, seen.tree.tokens.reshape(-1), seen.logits.reshape(-1, vocab), real.reshape(-1))
+
+    drafter = Drafter(template.width, template.max_depth + 1, "node", init, propose, observe, cold, lambda table: table)
+    return make_speculative(model, drafter, stop_tokens)
+
+
+TOKEN_RECYCLING = Method("exact", TokenRecyclingOptions, make_token_recycling, temperature=0.0)
