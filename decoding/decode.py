@@ -19,7 +19,10 @@ from decoding import autoregressive
 from decoding.arguments import read_keys, read_limit, read_sampling, whole_number
 from decoding.method import Call, Method, Steps, WithDraft, target_params
 from decoding.prefill import Prompts, pad_prompts, prefill
+from decoding.speculative.dyspec import DYSPEC
 from decoding.speculative.prompt_lookup import PROMPT_LOOKUP
+from decoding.speculative.rsd import RSD_C, RSD_S
+from decoding.speculative.speculative_sampling import SPECULATIVE_SAMPLING
 from decoding.speculative.token_recycling import TOKEN_RECYCLING
 from decoding.state import DecodeOutput, DecodeState, init_state
 from models.decoder import Decoder
@@ -28,7 +31,11 @@ from models.errors import InputError, unknown_name
 METHODS: dict[str, Method] = {
     "greedy": autoregressive.GREEDY,
     "sample": autoregressive.SAMPLE,
+    "dyspec": DYSPEC,
     "prompt_lookup": PROMPT_LOOKUP,
+    "rsd_c": RSD_C,
+    "rsd_s": RSD_S,
+    "speculative_sampling": SPECULATIVE_SAMPLING,
     "token_recycling": TOKEN_RECYCLING,
 }
 

@@ -73,17 +73,17 @@ def recycle(table: jax.Array, tokens: jax.Array, logits: jax.Array, real: jax.Ar
 
     Where a token occurs more than once its last real row wins; rows that are not `real` (bool[N]) write nothing.
     """
-    later = jnp.triu((tokens[:, None] == tokens[None, :]) & real[None, :], 1).any(axis=1)
-    target = jnp.where(real & ~later, tokens, table.shape[0])
+    rows = jnp.arange(len(tokens))
+    last = jnp.full(table.shape[:1], -1).at[tokens].max(jnp.where(real, rows, -1))
+    target = jnp.where(last[tokens] == rows, tokens, len(table))
     return table.at[target].set(top_tokens(logits, table.shape[1]), mode="drop")
 
 
 def make_token_recycling(model: Decoder, options: TokenRecyclingOptions, stop_tokens: tuple[int, ...]) -> Steps:
     """Drafts with the table; `Call.warm` is the table to start from."""
-    template = paper_template().prefix(options.width)
     successors = min(NUM_SUCCESSORS, model.config.vocab_size)
-    if int(template.rank.max()) >= successors:
-        raise InputError(f"a vocabulary of {successors} tokens is too small for trees of {NUM_SUCCESSORS} siblings")
+    paths = [path for path in paper_template().paths if all(rank < successors for rank in path)]
+    template = Template(tuple(paths)).prefix(options.width)
 
     def cold() -> np.ndarray:
         return np.zeros((model.config.vocab_size, successors), np.int32)

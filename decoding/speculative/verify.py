@@ -143,7 +143,7 @@ def _recursive(mode: Mode, tree: TokenTree, target: Target, most: int) -> Verifi
         if mode == "rrs_wor":
             q = jnp.where(rejected[:, None], normalised(without, without), q)
         row = jnp.where(accepted, i, row)
-        rows = jnp.where(accepted[:, None] & (jnp.arange(most) == count[:, None]), i, rows)
+        rows = jnp.where(accepted[:, None] & (jnp.arange(most)[None, :] == count[:, None]), i, rows)
         r, q = jax.lax.cond(
             accepted.any(),
             lambda: (
@@ -152,7 +152,7 @@ def _recursive(mode: Mode, tree: TokenTree, target: Target, most: int) -> Verifi
             ),
             lambda: (r, q),
         )
-        return row, r, q, rows, count + accepted
+        return row, r, q, rows, count + accepted.astype(jnp.int32)
 
     def step(carry, i):
         tried = tree.parent[:, i] == carry[0]
@@ -180,7 +180,7 @@ def _traversal(tree: TokenTree, target: Target, most: int) -> Verified:
         p, q, w, rows = stack
         law = jnp.minimum(row, tree.laws.shape[1] - 1)
         q_row = jnp.where((row < tree.laws.shape[1])[:, None], tree.laws[index, law], 0.0)
-        put = where[:, None] & (jnp.arange(most) == level[:, None])
+        put = where[:, None] & (jnp.arange(most)[None, :] == level[:, None])
         return (
             jnp.where(put[..., None], target.law(tree, row)[:, None], p),
             jnp.where(put[..., None], q_row[:, None], q),
@@ -196,7 +196,7 @@ def _traversal(tree: TokenTree, target: Target, most: int) -> Verified:
         token = tree.tokens[index, child]
         q_token = q_here[index, token]
         down = ~done & children.any(axis=1)
-        untried = untried & ~(down[:, None] & (jnp.arange(width) == child[:, None]))
+        untried = untried & ~(down[:, None] & (jnp.arange(width)[None, :] == child[:, None]))
         down &= q_token > 0
         leaf = ~done & ~children.any(axis=1)
         uniform = jax.vmap(jax.random.uniform)(jax.vmap(jax.random.fold_in, (0, None))(keys, turn))
@@ -209,13 +209,13 @@ def _traversal(tree: TokenTree, target: Target, most: int) -> Verified:
         mass = rest.sum(axis=-1)
         w_new = jnp.where(mass + 1 - w_up > 0, mass / jnp.maximum(mass + 1 - w_up, 1e-30), 1.0)
         q_left = q_up.at[index, tree.tokens[index, row]].set(0.0)
-        put = up[:, None] & (jnp.arange(most) == above[:, None])
+        put = up[:, None] & (jnp.arange(most)[None, :] == above[:, None])
         p = jnp.where(put[..., None], normalised(rest, p_up)[:, None], p)
         q = jnp.where(put[..., None], normalised(q_left, q_left)[:, None], q)
         w = jnp.where(put, w_new[:, None], w)
         ratio = w_here * p_here[index, token] / jnp.where(q_token > 0, q_token, 1.0)
         stack = push((p, q, w, rows), level + 1, child, jnp.minimum(ratio, 1.0), down)
-        return stack, level + down - up, untried, done, turn + 1
+        return stack, level + down.astype(jnp.int32) - up.astype(jnp.int32), untried, done, turn + 1
 
     zero = jnp.zeros((batch,), jnp.int32)
     empty = jnp.zeros((batch, most, vocab), jnp.float32)
@@ -224,7 +224,7 @@ def _traversal(tree: TokenTree, target: Target, most: int) -> Verified:
     start = (stack, zero, tree.parent >= 0, zero != 0, jnp.ones((), jnp.int32))
     (p, _, _, rows), level, *_ = jax.lax.while_loop(lambda carry: ~carry[3].all(), step, start)
     last = draw(jnp.log(p[index, level]), jax.vmap(jax.random.fold_in, (0, None))(keys, 0))
-    return _finish(tree, jnp.where(jnp.arange(most) <= level[:, None], rows, 0), level + 1, last)
+    return _finish(tree, jnp.where(jnp.arange(most)[None, :] <= level[:, None], rows, 0), level + 1, last)
 
 
 def _finish(tree: TokenTree, rows: jax.Array, count: jax.Array, last: jax.Array) -> Verified:

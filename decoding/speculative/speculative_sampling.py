@@ -1,0 +1,90 @@
+"""Speculative sampling: a small model drafts a chain, the target verifies it in one pass.
+
+Sources: Leviathan et al. (2211.17192, algorithm 1) and Chen et al. (2302.01318, algorithm 2). The default length is 4.
+
+Axis letters: B batch, D drafted tokens, V vocabulary.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from decoding.method import Call, Method, Steps
+from decoding.prefill import Prompts
+from decoding.sampling import draw, likeliest
+from decoding.speculative.draft_model import (
+    DraftStream,
+    by_rank,
+    check_draft,
+    draft_law,
+    keep,
+    read_newest,
+    start_stream,
+)
+from decoding.speculative.drafter import Drafter, Round, Seen
+from decoding.speculative.loop import make_speculative
+from decoding.speculative.tree import chain
+from models.cache import commit
+from models.decoder import Decoder
+from models.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeculativeSamplingOptions:
+    """The draft model, tokens drafted per step, and the draft's temperature where it is not the row's own."""
+
+    draft: Decoder | None = None
+    length: int = 4
+    draft_temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise InputError(f"length must be at least 1, got {self.length}")
+        if self.draft_temperature is not None and not self.draft_temperature > 0:
+            raise InputError(f"draft_temperature must be above 0 or None, got {self.draft_temperature}")
+
+
+def make_speculative_sampling(
+    model: Decoder, options: SpeculativeSamplingOptions, stop_tokens: tuple[int, ...]
+) -> Steps:
+    """Drafts a chain of `options.length` tokens with `options.draft`."""
+    draft = check_draft(model, options.draft, "speculative_sampling")
+    template = chain(options.length)
+
+    def init(params: Any, prompts: Prompts, slots: int, call: Call) -> DraftStream:
+        return start_stream(draft, params, prompts, slots)
+
+    def propose(params: Any, stream: DraftStream, round_: Round):
+        def choose(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+            law = draft_law(logits[:, None], round_, options.draft_temperature)[:, 0]
+            keys = jax.vmap(jax.random.fold_in, (0, None))(round_.keys, step)
+            ranked = by_rank(round_, options.draft_temperature)
+            return jnp.where(ranked, likeliest(law), draw(jnp.log(law), keys)), law
+
+        def extend(carry, step):
+            cache, token = carry
+            output = draft.apply({"params": params}, token[:, None], cache=cache)
+            chosen, law = choose(output.logits[:, 0], step)
+            return (commit(output.cache, None, jnp.ones_like(token)), chosen), (chosen, law)
+
+        logits, stream = read_newest(draft, params, stream, round_)
+        token, law = choose(logits, jnp.zeros((), jnp.int32))
+        root = stream.cache.length
+        (cache, _), (tokens, laws) = jax.lax.scan(extend, (stream.cache, token), jnp.arange(1, options.length))
+        tokens = jnp.concatenate([round_.last[:, None], token[:, None], tokens.T], axis=1)
+        laws = jnp.concatenate([law[:, None], jnp.swapaxes(laws, 0, 1)], axis=1)
+        drafted = jnp.full_like(root, options.length)
+        return template.tree(tokens, laws), stream.replace(cache=cache.replace(length=root)), drafted, drafted
+
+    def observe(params: Any, stream: DraftStream, seen: Seen) -> DraftStream:
+        return keep(stream, seen.verified, seen.verified.tokens, options.length)
+
+    drafter = Drafter(template.width, options.length + 1, "rrs_wor", init, propose, observe)
+    return make_speculative(model, drafter, stop_tokens)
+
+
+SPECULATIVE_SAMPLING = Method(
+    "exact", SpeculativeSamplingOptions, make_speculative_sampling, temperature=0.0, drafts=True
+)
