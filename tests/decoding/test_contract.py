@@ -30,6 +30,13 @@ from tests.support.decode_reference import (
 
 DRAWS = 40_000
 PROMPT = [2, 0, 3]
+SMALL = {  # options of methods that take long to compile
+    "dyspec": {"budget": 5, "frontier": 3, "depth": 3},
+    "rsd_c": {"children": (3, 2)},
+    "rsd_s": {"beams": 3, "depth": 2},
+    "speculative_sampling": {"length": 3},
+    "token_recycling": {"width": 20},
+}
 LABELS = ("exact", "distribution", "lossy")
 LAWS = {
     "plain": {},
@@ -47,12 +54,13 @@ def lawful() -> list[str]:
 
 def made(name: str, model, params, room: int):
     """Returns (decode_fn, params) of a method; a draft is the model itself with weights that are somewhat off."""
+    options = SMALL.get(name, {})
     if not METHODS[name].drafts:
-        return make_decode_fn(model, name, max_new_tokens=room), params
+        return make_decode_fn(model, name, max_new_tokens=room, **options), params
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(5), len(leaves))
     off = [x + 0.1 * jnp.std(x) * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
-    fn = make_decode_fn(model, name, max_new_tokens=room, draft=model)
+    fn = make_decode_fn(model, name, max_new_tokens=room, draft=model, **options)
     return fn, WithDraft(params, jax.tree.unflatten(structure, off))
 
 

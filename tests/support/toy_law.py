@@ -15,10 +15,13 @@ import numpy as np
 from decoding.sampling import Sampling
 from decoding.speculative.tree import Template, TokenTree
 from decoding.speculative.verify import Mode, Target, Verified, verify
+from models.config import AttentionConfig, BlockConfig, DecoderConfig, MLPConfig
+from models.decoder import Decoder
 from tests.support.decode_reference import filtered, softmax
 
 VOCAB = 4
 DEPTH = 3  # drafted tokens at most
+WIDTH, PARENTS = 13, 6  # all trees are padded to these, so that each mode compiles once
 FIRST = 0
 DRAWS = 40_000
 
@@ -42,12 +45,12 @@ def children(law: jax.Array, how: str, count: int, key: jax.Array) -> jax.Array:
     return jnp.sort(tokens, axis=-1) if how == "sorted" else tokens
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 4))
-def draft(template: Template, how: str, q: jax.Array, key: jax.Array, batch: int) -> TokenTree:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def draft(template: Template, how: str, q: jax.Array, key: jax.Array) -> TokenTree:
     """Returns trees whose children are drawn from the table q f32[T, V]; see `children`. No laws where none is drawn."""
     vocab = q.shape[1]
-    tokens = jnp.full((batch, template.width), FIRST, jnp.int32)
-    prefix = jnp.zeros((batch, template.width), jnp.int32)
+    tokens = jnp.full((DRAWS, template.width), FIRST, jnp.int32)
+    prefix = jnp.zeros((DRAWS, template.width), jnp.int32)
     for level, (start, stop) in enumerate(template.levels):
         parent, rank = template.parent[start:stop], template.rank[start:stop]
         above = np.unique(parent)
@@ -55,7 +58,22 @@ def draft(template: Template, how: str, q: jax.Array, key: jax.Array, batch: int
         new = drawn[:, np.searchsorted(above, parent), rank].astype(jnp.int32)
         tokens = tokens.at[:, start:stop].set(new)
         prefix = prefix.at[:, start:stop].set(prefix[:, parent] * vocab + 1 + new)
-    return template.tree(tokens, None if how == "top" else q[prefix[:, : template.parents]])
+    return padded(template.tree(tokens, None if how == "top" else q[prefix[:, : template.parents]]))
+
+
+def padded(tree: TokenTree) -> TokenTree:
+    """Returns the trees with dead rows up to `WIDTH`, and room for laws up to `PARENTS`."""
+    more = WIDTH - tree.tokens.shape[1]
+    parent = jnp.broadcast_to(tree.parent, tree.tokens.shape)
+    return TokenTree(
+        tokens=jnp.pad(tree.tokens, ((0, 0), (0, more))),
+        parent=jnp.pad(parent, ((0, 0), (0, more)), constant_values=-1),
+        depth=jnp.pad(tree.depth, ((0, 0), (0, more))),
+        ancestors=jnp.pad(tree.ancestors, ((0, 0), (0, more), (0, more))) | jnp.eye(WIDTH, dtype=bool)[None],
+        laws=tree.laws
+        if tree.laws is None
+        else jnp.pad(tree.laws, ((0, 0), (0, PARENTS - tree.laws.shape[1]), (0, 0))),
+    )
 
 
 def prefixes(tree: TokenTree, vocab: int) -> jax.Array:
@@ -69,30 +87,30 @@ def prefixes(tree: TokenTree, vocab: int) -> jax.Array:
     return found
 
 
-def settings(batch: int, **changes: float | np.ndarray) -> Sampling:
+def settings(**changes: float | np.ndarray) -> Sampling:
     """Returns plain sampling at temperature 1 but for the changes, each one number or one per row."""
     values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0} | changes
     dtypes = {name: jnp.int32 if name == "top_k" else jnp.float32 for name in values}
-    return Sampling(**{name: jnp.broadcast_to(jnp.asarray(x, dtypes[name]), (batch,)) for name, x in values.items()})
+    return Sampling(**{name: jnp.broadcast_to(jnp.asarray(x, dtypes[name]), (DRAWS,)) for name, x in values.items()})
 
 
-def target_of(p: jax.Array, tree: TokenTree, sampling: Sampling, seed: int = 0) -> Target:
+def target_of(p: jax.Array, tree: TokenTree, sampling: Sampling) -> Target:
     """Returns the table p f32[T, V] as the target of these trees; rows are at different lengths of their text."""
     batch, vocab = tree.tokens.shape[0], p.shape[1]
-    keys = jax.random.split(jax.random.key(seed), batch)
+    keys = jax.random.split(jax.random.key(0), batch)
     seen = jnp.broadcast_to(jnp.arange(vocab)[None, :] == FIRST, (batch, vocab))
     return Target(jnp.log(p)[prefixes(tree, vocab)], sampling, seen, keys, jnp.arange(batch, dtype=jnp.int32) % 5)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _verify(mode: Mode, tree: TokenTree, p: jax.Array, sampling: Sampling, most: int, seed: int) -> Verified:
-    return verify(mode, tree, target_of(p, tree, sampling, seed), most)
+@functools.partial(jax.jit, static_argnums=0)
+def _verify(mode: Mode, tree: TokenTree, p: jax.Array, sampling: Sampling) -> Verified:
+    return verify(mode, tree, target_of(p, tree, sampling), DEPTH + 1)
 
 
-def run(mode: Mode, tree: TokenTree, p: np.ndarray, sampling: Sampling | None = None, seed: int = 0) -> Verified:
+def run(mode: Mode, tree: TokenTree, p: np.ndarray, sampling: Sampling | None = None) -> Verified:
     """Verifies the trees under the table p, and checks the form of what comes back."""
-    sampling = settings(len(tree.tokens)) if sampling is None else sampling
-    verified = _verify(mode, tree, jnp.asarray(p), sampling, int(tree.depth.max()) + 1, seed)
+    sampling = settings() if sampling is None else sampling
+    verified = _verify(mode, tree, jnp.asarray(p), sampling)
     check_form(tree, verified)
     return verified
 
@@ -131,3 +149,16 @@ def drawn_pairs(verified: Verified, exact: np.ndarray, seed: int = 1) -> np.ndar
     uniform = np.random.default_rng(seed).random(len(first))
     own = np.minimum((ends[first] <= uniform[:, None]).sum(axis=1), vocab - 1)
     return first * vocab + np.where(count > 1, tokens[:, min(1, tokens.shape[1] - 1)], own)
+
+
+@functools.cache
+def cyclic_model(vocab: int = 12) -> tuple[Decoder, dict]:
+    """Returns (model, params) that always goes from token t to (t + 5) mod V: attention and MLP give zeros."""
+    block = BlockConfig(AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4), MLPConfig(12))
+    model = Decoder(DecoderConfig("llama", vocab_size=vocab, width=vocab, blocks=(block,), max_length=256))
+    params = dict(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    params["layers_0"] = jax.tree.map(lambda x: x * 0.0 if x.ndim == 2 else x, params["layers_0"])
+    params["embedding"] = {"embedding": jnp.eye(vocab)}
+    noise = np.random.default_rng(0).normal(size=(vocab, vocab))
+    params["unembedding"] = {"kernel": jnp.asarray(noise + 9 * np.roll(np.eye(vocab), 5, axis=1), jnp.float32)}
+    return model, params

@@ -1,0 +1,178 @@
+"""Token recycling: the table, the tree that is filled from it, and what both leave of the text: nothing changed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decoding import make_decode_fn
+from decoding.speculative.token_recycling import NUM_SUCCESSORS, fill, paper_template, recycle
+from decoding.speculative.tree import chain
+from models.errors import InputError
+from tests.support.decode_reference import PROMPTS, ROOM, forward, greedy_texts, texts
+from tests.support.toy_law import cyclic_model
+
+TABLES = ("zeros", "random", "successors", "wrong successors")
+
+
+def test_the_papers_tree():
+    template = paper_template()
+    assert template.width == 81 and template.max_depth == 6 and template.rank.max() == NUM_SUCCESSORS - 1
+    assert [stop - start for start, stop in template.levels] == [8, 21, 25, 15, 8, 3]
+    assert (template.parent < np.arange(81)).all()
+    assert template.paths[-3:] == ((0, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 1), (0, 0, 0, 1, 0, 0))
+    assert np.bincount(template.parent[1:], minlength=81)[:9].tolist() == [8, 8, 4, 3, 2, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("template", [paper_template(), paper_template().prefix(17), chain(4)], ids=lambda t: t.width)
+def test_fill_equals_a_slow_loop(template):
+    rng = np.random.default_rng(0)
+    table, last = rng.integers(0, 40, (40, 8), dtype=np.int32), rng.integers(0, 40, 5, dtype=np.int32)
+    tokens = np.asarray(fill(template, jnp.asarray(table), jnp.asarray(last)))
+    assert tokens.shape == (5, template.width) and tokens.dtype == np.int32
+    for row, first in zip(tokens, last, strict=True):
+        slow = [int(first)]
+        for parent, rank in zip(template.parent[1:], template.rank[1:], strict=True):
+            slow.append(int(table[slow[parent], rank]))
+        assert row.tolist() == slow
+
+
+@pytest.mark.parametrize("vocab", [19, 2000])  # the larger one is searched by blocks
+def test_recycle_keeps_the_last_real_row_of_each_token(vocab):
+    rng = np.random.default_rng(vocab)
+    table = rng.integers(0, vocab, (vocab, 8), dtype=np.int32)
+    tokens = rng.integers(0, 12, 30, dtype=np.int32)
+    tokens[-1] = vocab - 1
+    logits = rng.normal(size=(30, vocab)).astype(np.float32)
+    logits[3, 5:9] = logits[3].max() + 1  # a tie
+    for real in (rng.random(30) < 0.5, np.ones(30, bool), np.zeros(30, bool)):
+        best = np.asarray(jax.lax.top_k(jnp.asarray(logits), 8)[1])
+        slow = table.copy()
+        for row in np.flatnonzero(real):
+            slow[tokens[row]] = best[row]
+        new = recycle(*(jnp.asarray(x) for x in (table, tokens, logits, real)))
+        assert new.dtype == jnp.int32
+        np.testing.assert_array_equal(new, slow)
+
+
+@pytest.fixture(scope="module")
+def greedy(tiny) -> list[list[int]]:
+    return greedy_texts(*tiny, PROMPTS, ROOM)
+
+
+@pytest.fixture(scope="module")
+def recycling(tiny):
+    return make_decode_fn(tiny[0], "token_recycling", max_new_tokens=ROOM)
+
+
+def table_of(kind: str, greedy: list[list[int]]) -> np.ndarray:
+    """Returns i32[61, 8]: successors seen in the greedy texts come first in "successors", and never in the wrong ones."""
+    if kind == "zeros":
+        return np.zeros((61, 8), np.int32)
+    table = np.random.default_rng(1).integers(0, 61, (61, 8), dtype=np.int32)
+    for prompt, text in zip(PROMPTS, greedy, strict=True):
+        whole = [prompt[-1], *text]
+        for token, after in zip(whole, whole[1:], strict=False):
+            if kind == "successors":
+                table[token] = [after, *table[token, :-1]]
+            elif kind == "wrong successors":
+                table[token] = token  # eight siblings of one token, down to the leaves
+    return table
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_no_table_changes_the_text(tiny, recycling, greedy, kind):
+    table = table_of(kind, greedy)
+    output = recycling(tiny[1], PROMPTS, warm=table)
+    assert texts(output) == greedy
+    assert texts(recycling(tiny[1], PROMPTS[3:4], warm=table)) == greedy[3:4]
+    if kind == "successors":
+        assert int(output.stats.accepted.sum()) > 20
+
+
+def test_a_smaller_tree_gives_the_same_text(tiny, greedy):
+    fn = make_decode_fn(tiny[0], "token_recycling", max_new_tokens=ROOM, width=12)
+    output = fn(tiny[1], PROMPTS)
+    assert texts(output) == greedy
+    np.testing.assert_array_equal(output.stats.drafted, 11 * output.stats.steps)
+
+
+def test_counts(tiny, recycling):
+    limit = [0, 1, 24, 3, 7, 23, 2, 11]
+    output = recycling(tiny[1], PROMPTS, max_new_tokens=limit)
+    stats = jax.tree.map(np.asarray, output.stats)
+    assert stats.histogram.shape == (8, 8)
+    np.testing.assert_array_equal(stats.histogram @ np.arange(8), limit)
+    np.testing.assert_array_equal(stats.histogram.sum(axis=1), stats.steps)
+    np.testing.assert_array_equal(stats.emitted, limit)
+    np.testing.assert_array_equal(stats.drafted, 80 * stats.steps)
+    assert not stats.draft_calls.any()
+
+
+def cycle(start: int, num: int) -> list[int]:
+    return [(start + 5 * place) % 12 for place in range(1, num + 1)]
+
+
+def test_the_right_table_gives_seven_tokens_a_step():
+    model, params = cyclic_model()
+    logits = forward(model, params, np.arange(12, dtype=np.int32)[:, None])[:, 0]
+    table = jax.lax.top_k(logits, 8)[1]
+    fn = make_decode_fn(model, "token_recycling", max_new_tokens=49)
+    output = fn(params, [[3], [7, 7, 8]], warm=table)
+    assert texts(output) == [cycle(3, 49), cycle(8, 49)]
+    assert output.stats.steps.tolist() == [7, 7] and output.stats.histogram[:, 7].tolist() == [7, 7]
+    np.testing.assert_array_equal(output.warm, table)
+    last = table.at[:, 0].set(table[:, 7]).at[:, 7].set(table[:, 0])  # the right ones on the outermost branch
+    assert texts(fn(params, [[3], [7, 7, 8]], warm=last)) == texts(output)
+
+
+def test_a_cold_table_learns_within_the_text_and_stays_warm():
+    model, params = cyclic_model()
+    fn = make_decode_fn(model, "token_recycling", max_new_tokens=49)
+    first = fn(params, [[3]])
+    again = fn(params, [[3]], warm=first.warm)
+    assert texts(first) == texts(again) == [cycle(3, 49)]
+    assert int(again.stats.steps[0]) == 7 < int(first.stats.steps[0]) < 49
+    logits = forward(model, params, np.arange(12, dtype=np.int32)[:, None])[:, 0]
+    np.testing.assert_array_equal(first.warm, jax.lax.top_k(logits, 8)[1])
+
+
+def test_a_warm_table_helps_the_same_prompts(tiny, recycling, greedy):
+    first = recycling(tiny[1], PROMPTS)
+    again = recycling(tiny[1], PROMPTS, warm=first.warm)
+    assert texts(first) == texts(again) == greedy
+    assert int(again.stats.steps.sum()) <= int(first.stats.steps.sum())
+    assert first.warm.shape == (61, 8) and first.warm.dtype == jnp.int32
+
+
+def test_rows_that_are_done_teach_nothing(tiny, recycling):
+    output = recycling(tiny[1], PROMPTS[:2], max_new_tokens=[0, 6])
+    alone = recycling(tiny[1], PROMPTS[1:2], max_new_tokens=6)
+    np.testing.assert_array_equal(output.warm, alone.warm)
+
+
+@pytest.mark.parametrize(
+    "warm", [np.zeros((61, 7), np.int32), np.zeros((60, 8), np.int32), np.zeros((61, 8), np.float32), 3, {"table": 1}]
+)
+def test_a_warm_value_of_another_shape(tiny, recycling, warm):
+    with pytest.raises(InputError, match="warm must be the `warm` of an earlier output of method 'token_recycling'"):
+        recycling(tiny[1], [[1]], warm=warm)
+
+
+def test_other_mistakes(tiny, recycling):
+    with pytest.raises(InputError, match=r"cache 20 slots, of which a step .* needs 80 to spare: raise .* to 90 or more"):
+        make_decode_fn(tiny[0], "token_recycling", cache_slots=20)(tiny[1], [[1] * 10])
+    for width in (1, 82):
+        with pytest.raises(InputError, match=f"width must be 2 to 81 rows of the paper's tree, got {width}"):
+            make_decode_fn(tiny[0], "token_recycling", width=width)
+    with pytest.raises(InputError, match="a vocabulary of 5 tokens is too small for trees of 8 siblings"):
+        make_decode_fn(cyclic_model(5)[0], "token_recycling")
+    with pytest.raises(InputError, match="warm must be"):
+        make_decode_fn(tiny[0])(tiny[1], [[1]], warm=np.zeros((61, 8), np.int32))
+
+
+def test_the_smallest_cache_that_is_let_through_is_enough(tiny, greedy):
+    """Rows end where the cache is full, and the tree's other rows never overwrite what was kept."""
+    fn = make_decode_fn(tiny[0], "token_recycling", max_new_tokens=ROOM, cache_slots=90)
+    output = fn(tiny[1], [PROMPTS[1]])
+    assert texts(output) == [greedy[1][: 90 - 80 - 5 + 1]]
