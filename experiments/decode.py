@@ -62,7 +62,7 @@ class Record:
     prompt: str
     text: str
     token_ids: list[int]
-    stats: dict[str, int]  # see decoding.state.DecodeStats, and prompt_tokens
+    stats: dict[str, Any]  # see decoding.state.DecodeStats, and prompt_tokens
     seconds: dict[str, float]  # load, compile, prefill, decode
     device: str
 
@@ -169,7 +169,7 @@ class Runner:
 
     def _record(self, row: int, prompt: str, ids: list[int], state: Any, seconds: dict[str, float]) -> Record:
         tokens = state.tokens[row, : int(state.lengths[row])].tolist()
-        counts = {field.name: int(getattr(state.stats, field.name)[row]) for field in dataclasses.fields(state.stats)}
+        counts = {field.name: getattr(state.stats, field.name)[row].tolist() for field in dataclasses.fields(state.stats)}
         stats = {"prompt_tokens": len(ids), **counts}
         return Record(prompt, self.tokenizer.decode(tokens), tokens, stats, seconds, self.device)
 

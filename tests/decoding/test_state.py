@@ -9,7 +9,7 @@ import pytest
 
 from decoding.state import DecodeState, emit, init_state
 
-BATCH, ROOM, VOCAB = 48, 9, 12
+BATCH, ROOM, VOCAB, MOST = 48, 9, 12, 5
 jitted_emit = jax.jit(emit, static_argnums=3)
 
 
@@ -21,23 +21,24 @@ class SlowRow:
     last: int
     tokens: list[int] = dataclasses.field(default_factory=list)
     done: bool = False
-    steps: int = 0
+    counts: list[int] = dataclasses.field(default_factory=list)  # tokens emitted by each step
 
     def emit(self, offered: list[int], stop_tokens: tuple[int, ...]) -> None:
         """Adds tokens until a stop token, the limit or the end of the offer."""
         if self.done:
             return
-        self.steps += 1
+        self.counts.append(0)
         for token in offered:
             self.tokens.append(token)
             self.last = token
+            self.counts[-1] += 1
             self.done = token in stop_tokens or len(self.tokens) == self.limit
             if self.done:
                 return
 
 
 def start(limit: np.ndarray, last: np.ndarray) -> tuple[DecodeState, list[SlowRow]]:
-    state = init_state(None, jnp.asarray(last), jnp.asarray(limit), ROOM, None)
+    state = init_state(None, jnp.asarray(last), jnp.asarray(limit), ROOM, MOST, None)
     rows = [SlowRow(int(n), int(token), done=bool(n == 0)) for n, token in zip(limit, last, strict=True)]
     return state, rows
 
@@ -51,8 +52,10 @@ def check(state: DecodeState, rows: list[SlowRow]) -> None:
     np.testing.assert_array_equal(state.last, [row.last for row in rows])
     np.testing.assert_array_equal(state.done, [row.done for row in rows])
     np.testing.assert_array_equal(state.stats.emitted, [len(row.tokens) for row in rows])
-    np.testing.assert_array_equal(state.stats.steps, [row.steps for row in rows])
-    np.testing.assert_array_equal(state.stats.target_calls, [row.steps for row in rows])
+    np.testing.assert_array_equal(state.stats.steps, [len(row.counts) for row in rows])
+    np.testing.assert_array_equal(state.stats.target_calls, [len(row.counts) for row in rows])
+    histogram = [np.bincount(row.counts, minlength=MOST + 1) for row in rows]
+    np.testing.assert_array_equal(state.stats.histogram, histogram)
     for name in ("drafted", "accepted", "draft_calls"):
         np.testing.assert_array_equal(getattr(state.stats, name), np.zeros(len(rows)))
 

@@ -63,7 +63,7 @@ def test_options_that_cannot_be(tiny):
 
 
 def test_copies_of_what_the_model_says_next_are_accepted():
-    """A model that goes round in a cycle longer than a copy: the first step may copy, if the prompt has a whole round."""
+    """A model that goes round in a cycle longer than a copy; one prompt holds a whole round of it, one does not."""
     model, params = cyclic_model()
     cycle = [5 * place % 12 for place in range(13)]
     fn = make_decode_fn(model, "prompt_lookup", max_new_tokens=32, length=7)
@@ -77,8 +77,8 @@ def test_copies_of_what_the_model_says_next_are_accepted():
 
 def test_nothing_to_copy_takes_one_step_per_token():
     model, params = cyclic_model()
-    output = make_decode_fn(model, "prompt_lookup", max_new_tokens=32, length=7)(params, [[0]], max_new_tokens=9)
-    assert output.stats.steps.tolist() == [9] and output.stats.drafted.tolist() == [0]
+    output = make_decode_fn(model, "prompt_lookup", max_new_tokens=32, length=7)(params, [[0], [1]], max_new_tokens=9)
+    assert output.stats.steps.tolist() == [9, 9] and output.stats.drafted.tolist() == [0, 0]
 
 
 def test_text_is_greedy_text_with_other_options(tiny):
