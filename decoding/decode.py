@@ -261,6 +261,10 @@ def make_decode_fn(
         if name not in known:
             raise unknown_name(f"option of method {method!r}", name, known)
     stops = tuple(sorted({whole_number("an id in stop_tokens", token) for token in stop_tokens}))
-    plan = Plan(model, method, METHODS[method].options(**options), max_new_tokens, stops, cache_slots)
+    try:
+        chosen = METHODS[method].options(**options)
+    except TypeError as error:
+        raise InputError(f"an option of method {method!r} has the wrong type: {error}; got {options!r:.200}") from error
+    plan = Plan(model, method, chosen, max_new_tokens, stops, cache_slots)
     plan.steps()  # refuses options that do not fit the model
     return DecodeFn(plan)

@@ -39,6 +39,7 @@ class DecodeConfig:
     prompts: Path | None = None  # a JSON Lines file whose objects have a "prompt"
     chat: bool = True  # put prompts through the model's chat template, where it has one
     method: str = "greedy"  # a decoding method
+    draft: str | None = None  # the model that drafts, by name or path, for methods that draft with a second one
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # the method's own static options
     sampling: SamplingSettings = SamplingSettings()
     seed: int = 0  # prompt i samples with seed + i
@@ -103,6 +104,15 @@ def _read_lines(path: Path) -> Iterator[str]:
         yield prompt
 
 
+def check_drafts(method: str) -> None:
+    """Raises InputError where a method is given a draft model and has no use for one."""
+    from decoding import METHODS
+
+    if method in METHODS and not METHODS[method].drafts:
+        drafting = ", ".join(name for name, row in METHODS.items() if row.drafts)
+        raise InputError(f"method {method!r} drafts with no second model: leave out draft, or choose one of {drafting}")
+
+
 class Runner:
     """A loaded model with one decode function; decodes batches and keeps what is compiled."""
 
@@ -110,11 +120,16 @@ class Runner:
         """Loads the model; raises InputError for whatever the config has wrong about it."""
         import jax
 
-        from decoding import make_decode_fn
+        from decoding import WithDraft, make_decode_fn
         from models import load_model
 
         begin = time.perf_counter()
         self.model, self.params, self.tokenizer = load_model(config.model, config.dtype)
+        options = dict(config.options)
+        if config.draft is not None:
+            check_drafts(config.method)
+            options["draft"], draft_params, _ = load_model(config.draft, config.dtype)
+            self.params = WithDraft(self.params, draft_params)
         jax.block_until_ready(self.params)
         self.load_seconds = time.perf_counter() - begin
         if self.tokenizer is None:
@@ -125,7 +140,7 @@ class Runner:
             config.method,
             max_new_tokens=config.max_new_tokens,
             stop_tokens=self.tokenizer.stop_ids,
-            **config.options,
+            **options,
         )
         self._compiled: dict[tuple[int, ...], Any] = {}
         self.device = str(jax.devices()[0].device_kind)
@@ -169,7 +184,9 @@ class Runner:
 
     def _record(self, row: int, prompt: str, ids: list[int], state: Any, seconds: dict[str, float]) -> Record:
         tokens = state.tokens[row, : int(state.lengths[row])].tolist()
-        counts = {field.name: getattr(state.stats, field.name)[row].tolist() for field in dataclasses.fields(state.stats)}
+        counts = {
+            field.name: getattr(state.stats, field.name)[row].tolist() for field in dataclasses.fields(state.stats)
+        }
         stats = {"prompt_tokens": len(ids), **counts}
         return Record(prompt, self.tokenizer.decode(tokens), tokens, stats, seconds, self.device)
 

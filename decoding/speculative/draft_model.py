@@ -40,8 +40,11 @@ class DraftStream:
 
 def check_draft(model: Decoder, draft: Decoder | None, method: str) -> Decoder:
     """Returns the draft; raises InputError where there is none, or one with another vocabulary."""
-    if draft is None:
-        raise InputError(f"method {method!r} drafts with a second model: pass draft=MODEL (and WithDraft as params)")
+    if not isinstance(draft, Decoder):
+        raise InputError(
+            f"method {method!r} drafts with a second model: pass draft=MODEL (and WithDraft as params), got draft="
+            f"{draft!r:.80}"
+        )
     if draft.config.vocab_size != model.config.vocab_size:
         raise InputError(
             f"the draft model has {draft.config.vocab_size} token ids, the target {model.config.vocab_size}: they must "

@@ -61,7 +61,8 @@ class Drafter(NamedTuple):
         width: W.
         most: A, one more than the deepest row's depth.
         mode: how its trees are verified when a row samples (greedy rows need none): see `verify`.
-        init: (draft_params, prompts, slots, call) -> draft state; `slots` is how many tokens the target's cache holds.
+        init: (params, prompts, slots, call) -> draft state; `params` is all that the user passed, `slots` the size of
+            the target's cache.
         propose: (draft_params, state, round) -> (tree, state, drafted i32[B], draft calls i32[B]).
         observe: (draft_params, state, seen) -> state.
         cold: () -> the state that stays warm between calls, as it is at first; None where nothing stays.

@@ -165,7 +165,7 @@ def make_dyspec(model: Decoder, options: DySpecOptions, stop_tokens: tuple[int, 
 
     def init(params: Any, prompts: Prompts, slots: int, call: Call) -> DySpecState:
         places = jnp.zeros((len(prompts.tokens), width), jnp.int32)
-        return DySpecState(start_stream(draft, params, prompts, slots + sum(sizes)), places)
+        return DySpecState(start_stream(draft, params.draft, prompts, slots + sum(sizes)), places)
 
     def propose(params: Any, state: DySpecState, round_: Round):
         batch = len(round_.last)

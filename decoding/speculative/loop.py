@@ -41,7 +41,7 @@ def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, .
         real = jnp.arange(width)[None, :] < prompts.lengths[:, None]
         seen = jnp.zeros((batch, model.config.vocab_size), bool)
         seen = seen.at[jnp.arange(batch)[:, None], prompts.tokens].max(real)
-        return SpeculativeCarry(drafter.init(_draft_params(params), prompts, cache.num_slots, call), call, seen)
+        return SpeculativeCarry(drafter.init(params, prompts, cache.num_slots, call), call, seen)
 
     def step(params: Any, state: DecodeState) -> DecodeState:
         carry = state.carry

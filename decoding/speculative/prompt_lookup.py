@@ -1,8 +1,8 @@
 """Prompt lookup: copy what followed the last n-gram where it stood before.
 
-Source: Saxena, "Prompt Lookup Decoding" (2023), and LLMA (2304.04487). Of several earlier places the latest one is
-copied, not the first: text in hand predicts itself better than text far back. n goes from `longest` down to 1, as
-there.
+Source: Saxena, "Prompt Lookup Decoding" (2023), and LLMA (2304.04487). n goes from `longest` down to 1, as there. Of
+several earlier places the latest one is copied, not the first: text in hand predicts itself better than text far back.
+A copy that reaches the end of the text goes on with its own beginning, so that a loop is drafted whole.
 
 Axis letters: B batch, N text, D tokens copied.
 """
@@ -45,7 +45,7 @@ class Text:
 
 
 def look_up(text: Text, length: int, longest: int) -> tuple[jax.Array, jax.Array]:
-    """Returns (i32[B, D] tokens copied, i32[B] how many are real): 0 where no n-gram stood before."""
+    """Returns (i32[B, D] tokens copied, bool[B] whether any n-gram stood before)."""
     num = text.tokens.shape[1]
     place = jnp.arange(num)[None, :]
 
@@ -60,10 +60,9 @@ def look_up(text: Text, length: int, longest: int) -> tuple[jax.Array, jax.Array
     for back in range(longest):
         ends &= matched(back)
         found = jnp.maximum(found, jnp.where(ends, num * back + place, -1).max(axis=1))  # longer n-grams win
-    start = jnp.where(found >= 0, found % num + 1, text.lengths)
-    slots = start[:, None] + jnp.arange(length)[None, :]
-    count = jnp.clip(text.lengths - start, 0, length)
-    return jnp.take_along_axis(text.tokens, jnp.minimum(slots, num - 1), axis=1), count
+    start = jnp.where(found >= 0, found % num + 1, 0)
+    slots = start[:, None] + jnp.arange(length)[None, :] % (text.lengths - start)[:, None]
+    return jnp.take_along_axis(text.tokens, slots, axis=1), found >= 0
 
 
 def make_prompt_lookup(model: Decoder, options: PromptLookupOptions, stop_tokens: tuple[int, ...]) -> Steps:
@@ -75,10 +74,11 @@ def make_prompt_lookup(model: Decoder, options: PromptLookupOptions, stop_tokens
         return Text(jnp.pad(prompts.tokens, ((0, 0), (0, room))), prompts.lengths)
 
     def propose(params: Any, text: Text, round_: Round) -> tuple[TokenTree, Text, jax.Array, jax.Array]:
-        copied, count = look_up(text, options.length, options.longest)
+        copied, found = look_up(text, options.length, options.longest)
         tree = template.tree(jnp.concatenate([round_.last[:, None], copied], axis=1))
-        parent = jnp.where(tree.depth > count[:, None], -1, tree.parent)
-        return tree.replace(parent=parent), text, count, jnp.zeros_like(count)
+        parent = jnp.where(found[:, None], tree.parent, -1)
+        drafted = jnp.where(found, options.length, 0)
+        return tree.replace(parent=parent), text, drafted, jnp.zeros_like(drafted)
 
     def observe(params: Any, text: Text, seen: Seen) -> Text:
         tokens = write_tokens(text.tokens, text.lengths, seen.verified.tokens, seen.emitted)

@@ -187,7 +187,7 @@ def _make(model: Decoder, draft: Decoder, stop_tokens, width: int, max_depth: in
     """Returns the steps of a tree whose rows below `read` the draft has in its cache."""
 
     def init(params: Any, prompts: Prompts, slots: int, call: Call) -> DraftStream:
-        return start_stream(draft, params, prompts, slots)
+        return start_stream(draft, params.draft, prompts, slots)
 
     def observe(params: Any, stream: DraftStream, seen: Seen) -> DraftStream:
         return keep(stream, seen.verified, seen.verified.tokens, read)

@@ -54,7 +54,7 @@ def make_speculative_sampling(
     template = chain(options.length)
 
     def init(params: Any, prompts: Prompts, slots: int, call: Call) -> DraftStream:
-        return start_stream(draft, params, prompts, slots)
+        return start_stream(draft, params.draft, prompts, slots)
 
     def propose(params: Any, stream: DraftStream, round_: Round):
         def choose(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:

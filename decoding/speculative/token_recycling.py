@@ -8,7 +8,7 @@ or not, refreshes it.
 Deviations from the released code: it writes rows of one id in an unspecified order, here the last row of an id wins; it
 keeps the table in a global, here it is a value (`output.warm`); it ignores sampling, here rows that sample are verified
 by node sampling. One table serves the whole batch. `recycle_prompt` also fills it from the prompt, which the paper does
-not do.
+not do; it reads the prompt once more.
 
 Axis letters: B batch, W tree rows, V vocabulary, k successors kept.
 """
@@ -26,6 +26,7 @@ from decoding.sampling import top_tokens
 from decoding.speculative.drafter import Drafter, Round, Seen
 from decoding.speculative.loop import make_speculative
 from decoding.speculative.tree import Template, TokenTree
+from models.cache import commit, init_cache
 from models.decoder import Decoder
 from models.errors import InputError
 
@@ -38,6 +39,7 @@ _PAPER_TREE = """
 00000:2 00010:1
 """  # a path of ranks, and how many children it has
 NUM_SUCCESSORS = 8
+_PIECE = 64  # tokens of each prompt whose logits are held at once
 
 
 def paper_template() -> Template:
@@ -79,6 +81,25 @@ def recycle(table: jax.Array, tokens: jax.Array, logits: jax.Array, real: jax.Ar
     return table.at[target].set(top_tokens(logits, table.shape[1]), mode="drop")
 
 
+def recycle_prompts(model: Decoder, params: Any, prompts: Prompts, table: jax.Array) -> jax.Array:
+    """Returns the table with the prompts' tokens recycled, a piece of every prompt at a time."""
+    batch, width = prompts.tokens.shape
+    piece = min(width, _PIECE)
+    cache = init_cache(
+        [block.attention for block in model.config.blocks], batch, width, params["embedding"]["embedding"].dtype
+    )
+
+    def read(index: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        table, cache = carry
+        tokens = jax.lax.dynamic_slice_in_dim(prompts.tokens, index * piece, piece, axis=1)
+        output = model.apply({"params": params}, tokens, cache=cache)
+        real = cache.length[:, None] + jnp.arange(piece)[None, :] < prompts.lengths[:, None]
+        table = recycle(table, tokens.reshape(-1), output.logits.reshape(batch * piece, -1), real.reshape(-1))
+        return table, commit(output.cache, None, jnp.full((batch,), piece))
+
+    return jax.lax.fori_loop(0, width // piece, read, (table, cache))[0]
+
+
 def make_token_recycling(model: Decoder, options: TokenRecyclingOptions, stop_tokens: tuple[int, ...]) -> Steps:
     """Drafts with the table; `Call.warm` is the table to start from."""
     successors = min(NUM_SUCCESSORS, model.config.vocab_size)
@@ -89,7 +110,7 @@ def make_token_recycling(model: Decoder, options: TokenRecyclingOptions, stop_to
         return np.zeros((model.config.vocab_size, successors), np.int32)
 
     def init(params: Any, prompts: Prompts, slots: int, call: Call) -> jax.Array:
-        return call.warm
+        return recycle_prompts(model, params, prompts, call.warm) if options.recycle_prompt else call.warm
 
     def propose(params: Any, table: jax.Array, round_: Round) -> tuple[TokenTree, jax.Array, jax.Array, jax.Array]:
         tree = template.tree(fill(template, table, round_.last))

@@ -125,8 +125,8 @@ def _recursive(mode: Mode, tree: TokenTree, target: Target, most: int) -> Verifi
     keys = step_keys(target.keys, target.lengths)
 
     def law_of_children(row):
-        if tree.laws is None:
-            return jnp.ones((batch, target.logits.shape[-1]), jnp.float32)  # `point`: each child is its own law
+        if mode == "point":
+            return jnp.ones((batch, target.logits.shape[-1]), jnp.float32)  # each child is its own law
         law = tree.laws[index, jnp.minimum(row, tree.laws.shape[1] - 1)]
         return jnp.where((row < tree.laws.shape[1])[:, None], law, 0.0)
 
@@ -207,7 +207,8 @@ def _traversal(tree: TokenTree, target: Target, most: int) -> Verified:
         p_up, q_up, w_up = p[index, above], q[index, above], w[index, above]
         rest = jnp.maximum(w_up[:, None] * p_up - q_up, 0.0)
         mass = rest.sum(axis=-1)
-        w_new = jnp.where(mass + 1 - w_up > 0, mass / jnp.maximum(mass + 1 - w_up, 1e-30), 1.0)
+        room = mass + (1 - w_up)  # in this order: a small mass must not be lost beside the 1
+        w_new = jnp.where(room > 0, mass / jnp.maximum(room, 1e-30), 1.0)
         q_left = q_up.at[index, tree.tokens[index, row]].set(0.0)
         put = up[:, None] & (jnp.arange(most)[None, :] == above[:, None])
         p = jnp.where(put[..., None], normalised(rest, p_up)[:, None], p)

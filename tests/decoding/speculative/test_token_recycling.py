@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from decoding import make_decode_fn
-from decoding.speculative.token_recycling import NUM_SUCCESSORS, fill, paper_template, recycle
+from decoding.speculative.token_recycling import NUM_SUCCESSORS, fill, paper_template, recycle, recycle_prompts
 from decoding.speculative.tree import chain
 from models.errors import InputError
 from tests.support.decode_reference import PROMPTS, ROOM, forward, greedy_texts, small_law_model, texts
@@ -174,3 +174,19 @@ def test_a_vocabulary_smaller_than_the_tree_is_wide():
     steps = make_decode_fn(small_law_model()[0], "token_recycling").plan.steps()
     assert steps.cold().shape == (5, 5) and steps.most == 7
     assert steps.rows == sum(max(path, default=0) < 5 for path in paper_template().paths)
+
+
+def test_recycled_prompts_fill_the_table(tiny):
+    """The table of a first step's draft is what plain forward passes over the prompts give; text does not change."""
+    model, params = tiny
+    fn = make_decode_fn(model, "token_recycling", max_new_tokens=ROOM, recycle_prompt=True)
+    prompts, call = fn.inputs(PROMPTS)
+    table = recycle_prompts(model, params, prompts, jnp.asarray(call.warm))
+    logits = np.asarray(forward(model, params, prompts.tokens))
+    expected = np.array(call.warm)
+    for prompt, row in zip(PROMPTS, logits, strict=True):
+        for token, scores in zip(prompt, row, strict=False):
+            expected[token] = np.argsort(-scores)[:NUM_SUCCESSORS]
+    np.testing.assert_array_equal(table, expected)
+    plain = make_decode_fn(model, "greedy", max_new_tokens=ROOM)
+    assert texts(fn(params, PROMPTS)) == texts(plain(params, PROMPTS))
