@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
-TEST = ["pytest>=8", "ruff>=0.9", "nbformat", "nbclient", "ipykernel", "matplotlib"]
+TEST = ["pytest>=8", "ruff>=0.9", "nbformat", "nbclient", "ipykernel"]
 
 setup(
     name="fleetlm",
@@ -36,6 +36,7 @@ setup(
         "safetensors>=0.5",
         "tokenizers>=0.21",
         "huggingface_hub>=0.34",
+        "matplotlib>=3.9",
         "filelock>=3.16",
         "jinja2>=3.1.6",
         "pydantic>=2.10",
@@ -47,6 +48,6 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "test": TEST,
         "parity": [*TEST, "torch==2.13.0", "transformers>=5", "accelerate>=1", "sentencepiece>=0.2"],
-        "notebooks": ["jupyterlab>=4", "matplotlib"],
+        "notebooks": ["jupyterlab>=4"],
     },
 )

@@ -87,6 +87,11 @@ def decode(plan: Plan, params: Any, prompts: Prompts, call: Call) -> DecodeOutpu
     """Decodes a batch from prompts to new tokens. Pure, to be jitted or traced into something larger."""
     state = start(plan, params, prompts, call)
     state = advance(plan, params, state, jnp.asarray(plan.room, jnp.int32))
+    return output(plan, state)
+
+
+def output(plan: Plan, state: DecodeState) -> DecodeOutput:
+    """Returns what a state says so far."""
     return DecodeOutput(state.tokens, state.lengths, state.stats, plan.steps().warm(state.carry))
 
 
@@ -150,6 +155,10 @@ class DecodeFn:
         """Takes up to `max_steps` steps (None: until all rows are done). The state is donated: do not use it again."""
         steps = self.plan.room if max_steps is None else max_steps
         return _advance(self.plan, params, state, jnp.asarray(steps, jnp.int32))
+
+    def output(self, state: DecodeState) -> DecodeOutput:
+        """Returns a state's tokens and counts, as a call returns them."""
+        return output(self.plan, state)
 
     def compile(self, params: Any, prompts: Prompts, call: Call) -> tuple[Callable, Callable]:
         """Returns (start, advance) compiled for arrays of these shapes, with the signatures of the two methods above.

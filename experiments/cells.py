@@ -1,0 +1,167 @@
+"""The cells of a table: one method on the questions of one task, measured and kept in a file.
+
+A cell is measured once: a file whose key (model, method, options, questions, tokens) is still the one asked for is read
+back. Both sides of every comparison count token ids: MAT is new tokens per step, micro-averaged; seconds are those of
+prompt and decoding, compilation apart.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.questions import Question
+from models.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What was measured.
+
+    Attributes:
+        key: what it was measured on; a cell with another key is measured again.
+        tokens: new token ids of every turn.
+        steps: decoding steps, all turns together; so are the other counts and seconds.
+    """
+
+    key: str
+    tokens: list[list[int]]
+    steps: int
+    target_calls: int
+    draft_calls: int
+    drafted: int
+    accepted: int
+    histogram: list[int]
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def emitted(self) -> int:
+        """New tokens."""
+        return sum(map(len, self.tokens))
+
+    @property
+    def mat(self) -> float:
+        """Mean accepted tokens: new tokens per step."""
+        return self.emitted / self.steps
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second of prompt and decoding."""
+        return self.emitted / (self.prefill_seconds + self.decode_seconds)
+
+
+def total(cells: Sequence[Cell]) -> Cell:
+    """Returns the sum of cells, as one."""
+
+    def added(name: str) -> Any:
+        return sum(getattr(cell, name) for cell in cells)
+
+    names = [field.name for field in dataclasses.fields(Cell) if field.name not in ("key", "tokens", "histogram")]
+    histogram = np.sum([cell.histogram for cell in cells], axis=0).tolist()
+    tokens = [turn for cell in cells for turn in cell.tokens]
+    return Cell("", tokens=tokens, histogram=histogram, **{name: added(name) for name in names})
+
+
+class Row:
+    """A method with its model: measures cells, and hands what stays warm from one to the next."""
+
+    def __init__(self, model: Any, params: Any, tokenizer: Any, method: str, options: dict, sampling: dict, room: int):
+        """Makes the decode function; raises InputError for options that do not fit."""
+        from decoding import make_decode_fn
+
+        if tokenizer is None or tokenizer.chat_template is None:
+            raise InputError("the model has no chat template: choose an instruction-tuned model")
+        self.params, self.tokenizer, self.sampling = params, tokenizer, sampling
+        self.decode_fn = make_decode_fn(model, method, max_new_tokens=room, stop_tokens=tokenizer.stop_ids, **options)
+        self.warm: Any = None
+        self._compiled: dict[Any, Any] = {}
+
+    def take_warm(self, path: Path) -> None:
+        """Takes up what was learned at the end of a kept cell."""
+        cold = self.decode_fn.plan.steps().cold()
+        self.warm = None if cold is None else load_warm(path, cold)
+
+    def measure(self, key: str, questions: Sequence[Question], seed: int) -> Cell:
+        """Decodes every turn of every question, each turn behind the ones before it."""
+        cells = [cell for question in questions for cell in self._answer(question, seed)]
+        return dataclasses.replace(total(cells), key=key)
+
+    def _answer(self, question: Question, seed: int) -> list[Cell]:
+        messages, cells = [], []
+        for turn in question.turns:
+            messages.append({"role": "user", "content": turn})
+            prompt = self.tokenizer.encode_chat(messages)
+            cells.append(self._decode(prompt, seed))
+            messages.append({"role": "assistant", "content": self.tokenizer.decode(cells[-1].tokens[0])})
+        return cells
+
+    def _decode(self, prompt: list[int], seed: int) -> Cell:
+        import jax
+
+        inputs = self.decode_fn.inputs([prompt], seed, warm=self.warm, **self.sampling)
+        shape = inputs[0].tokens.shape
+        if shape not in self._compiled:
+            self._compiled[shape] = self.decode_fn.compile(self.params, *inputs)
+            start, advance = self._compiled[shape]
+            jax.block_until_ready(advance(self.params, start(self.params, *inputs), 2))  # not timed, not counted
+        start, advance = self._compiled[shape]
+        begin = time.perf_counter()
+        state = jax.block_until_ready(start(self.params, *inputs))
+        filled = time.perf_counter()
+        state = jax.block_until_ready(advance(self.params, state))
+        end = time.perf_counter()
+        output = self.decode_fn.output(state)
+        self.warm = output.warm
+        counts = {name: int(getattr(output.stats, name)[0]) for name in _COUNTS}
+        tokens = output.tokens[0, : int(output.lengths[0])].tolist()
+        histogram = output.stats.histogram[0].tolist()
+        return Cell(
+            "", [tokens], histogram=histogram, prefill_seconds=filled - begin, decode_seconds=end - filled, **counts
+        )
+
+
+_COUNTS = ("steps", "target_calls", "draft_calls", "drafted", "accepted")
+
+
+def cell_key(*parts: Any) -> str:
+    """Returns a fingerprint of what a cell is measured on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def load_cell(path: Path, key: str) -> Cell | None:
+    """Returns a kept cell, or None where there is none with this key."""
+    try:
+        cell = Cell(**json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return cell if cell.key == key else None
+
+
+def save_cell(path: Path, cell: Cell, warm: Any) -> None:
+    """Keeps a cell, and beside it what the method has learned up to its end (an .npz); the cell's file comes last."""
+    if warm is not None:
+        import jax
+
+        with _partial(path.with_suffix(".npz")).open("wb") as file:
+            np.savez(file, *map(np.asarray, jax.tree.leaves(warm)))
+        _partial(path.with_suffix(".npz")).replace(path.with_suffix(".npz"))
+    _partial(path).write_text(json.dumps(dataclasses.asdict(cell)), encoding="utf-8")
+    _partial(path).replace(path)
+
+
+def load_warm(path: Path, like: Any) -> Any:
+    """Returns what `save_cell` kept beside a cell, in the structure of `like`."""
+    import jax
+
+    with np.load(path.with_suffix(".npz")) as kept:
+        return jax.tree.unflatten(jax.tree.structure(like), [kept[name] for name in kept.files])
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")

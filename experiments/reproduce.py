@@ -1,0 +1,203 @@
+"""Measures a table of methods: `python -m experiments.reproduce configs/tables/spec_bench.yaml --preset smoke`.
+
+Every row is a method, every column a task of the questions file; the first row is plain decoding, measured in the same
+run. Tasks go one after another and all rows of a task side by side in time, so that a slow minute of the machine meets
+them all. A cell that is measured is kept and not measured again; an interrupted run goes on where it stopped. Writes
+table.md, table.csv, plot.png and runs/ to results/<table>/<preset>.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments.cells import Cell, Row, cell_key, load_cell, load_warm, save_cell
+from experiments.config import load_config, save_config
+from experiments.decode import SamplingSettings
+from experiments.questions import Question, read_questions
+from experiments.runtime import run_main, setup_runtime
+from experiments.tables import write_table
+from models.errors import InputError, unknown_name
+
+
+@dataclasses.dataclass(frozen=True)
+class TableRow:
+    """A row: a method and how it is set."""
+
+    name: str = "plain"
+    method: str = "greedy"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # the method's own static options
+    sampling: SamplingSettings = SamplingSettings()
+    draft: bool = False  # drafts with the table's draft model
+    paper: str = ""  # what the paper reports, in words and figures
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """Something a paper says that the table can answer: the measure of `row` is above that of `than`."""
+
+    text: str = ""
+    row: str = ""
+    than: str = "plain"
+    measure: Literal["mat", "speed"] = "mat"
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """How much is measured."""
+
+    per_task: int = 1  # questions of each task
+    max_new_tokens: int = 64  # per turn
+
+
+@dataclasses.dataclass(frozen=True)
+class Presets:
+    """The sizes that a table can be run at."""
+
+    smoke: Preset = Preset(1, 16)
+    cpu: Preset = Preset(2, 64)
+    gpu: Preset = Preset(80, 1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class TableConfig:
+    """A table."""
+
+    table: str = "spec_bench"  # its name, and its folder's
+    title: str = ""
+    model: str = "smollm2-135m-instruct"  # a registry name, a .gguf file, or a model folder
+    draft: str | None = None  # the model that drafts, for rows that say so
+    dtype: Literal["float32", "bfloat16"] | None = None  # None: as stored (GGUF: float32)
+    questions: Path = Path("configs/prompts/spec_bench.jsonl")  # in Spec-Bench's format
+    tasks: tuple[str, ...] = ()  # which tasks; none: all of the file's
+    rows: tuple[TableRow, ...] = (TableRow(),)
+    claims: tuple[Claim, ...] = ()
+    preset: Literal["smoke", "cpu", "gpu"] = "cpu"
+    presets: Presets = Presets()
+    seed: int = 0
+    out: Path | None = None  # None: results/<table>/<preset>
+
+    def __post_init__(self) -> None:
+        names = [row.name for row in self.rows]
+        if len(set(names)) != len(names) or not names or names[0] != "plain":
+            raise ValueError("rows must have names of their own, and the first must be called plain")
+        for claim in self.claims:
+            if not {claim.row, claim.than} <= set(names):
+                raise ValueError(f"claim {claim.text!r} must compare rows of this table: {', '.join(names)}")
+
+    @property
+    def size(self) -> Preset:
+        """The preset that is run."""
+        return getattr(self.presets, self.preset)
+
+    @property
+    def folder(self) -> Path:
+        """Where results go."""
+        return self.out or Path("results") / self.table / self.preset
+
+
+def measure(config: TableConfig, questions: dict[str, list[Question]]) -> dict[tuple[str, str], Cell]:
+    """Returns {(row, task): cell}, measuring what is not yet kept in the config's folder."""
+    runs = config.folder / "runs"
+    cells: dict[tuple[str, str], Cell] = {}
+    rows: dict[str, Row] = {}
+    models: dict[str, Any] = {}
+    kept_at: dict[str, Path] = {}
+    history: dict[str, str] = {row.name: "" for row in config.rows}  # a warm method's cell stands on those before it
+    for done, (task, row) in enumerate((task, row) for task in questions for row in config.rows):
+        key = cell_key(config.model, config.draft, config.dtype, config.seed, config.size, row, questions[task])
+        history[row.name] = key = cell_key(key, history[row.name])
+        path = runs / f"{task}--{row.name}.json"
+        cell = load_cell(path, key)
+        kept = cell is not None
+        if row.name not in rows and not kept:
+            rows[row.name] = _row(config, row, models)
+            if row.name in kept_at:
+                rows[row.name].take_warm(kept_at[row.name])
+        if cell is None:
+            cell = rows[row.name].measure(key, questions[task], config.seed)
+            save_cell(path, cell, rows[row.name].warm)
+        else:
+            kept_at[row.name] = path
+            if row.name in rows:
+                rows[row.name].take_warm(path)
+        cells[row.name, task] = cell
+        print(
+            f"{done + 1:>3}/{len(questions) * len(config.rows)} {task:<14} {row.name:<24} MAT {cell.mat:.2f}  "
+            f"{cell.tokens_per_second:6.1f} tokens/s{'  (kept)' if kept else ''}",
+            flush=True,
+        )
+    return cells
+
+
+def _row(config: TableConfig, row: TableRow, models: dict[str, Any]) -> Row:
+    """Returns the row's method on the table's model; loads each model once."""
+    from decoding import WithDraft
+    from models import load_model
+
+    for name in [config.model] + ([config.draft] if row.draft and config.draft else []):
+        if name not in models:
+            models[name] = load_model(name, config.dtype)
+    model, params, tokenizer = models[config.model]
+    options = dict(row.options)
+    if row.draft:
+        if config.draft is None:
+            raise InputError(f"row {row.name!r} drafts with a second model: name it in draft")
+        options["draft"], draft_params, _ = models[config.draft]
+        params = WithDraft(params, draft_params)
+    sampling = {name: value for name, value in dataclasses.asdict(row.sampling).items() if value is not None}
+    return Row(model, params, tokenizer, row.method, options, sampling, config.size.max_new_tokens)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder for one run; raises InputError where another run holds it."""
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", blocking=False)
+        with lock:
+            yield
+    except Timeout as error:
+        raise InputError(
+            f"another run is writing to {folder}: wait for it, or choose another folder with --out"
+        ) from error
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error}") from error
+
+
+def read_tasks(config: TableConfig) -> dict[str, list[Question]]:
+    """Returns {task: questions} for the tasks of the config."""
+    questions = read_questions(config.questions, config.size.per_task)
+    tasks = list(dict.fromkeys(question.task for question in questions))
+    for task in config.tasks:
+        if task not in tasks:
+            raise unknown_name("task", task, tasks)
+    return {
+        task: [q for q in questions if q.task == task] for task in tasks if not config.tasks or task in config.tasks
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Loads the table's config, measures what is missing, writes the table."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and not argv[0].startswith("-"):
+        argv = ["--config", *argv]
+    prog = "python -m experiments.reproduce"
+    config = load_config(TableConfig, argv, prog=prog, description=(__doc__ or "").split("\n")[0])
+    questions = read_tasks(config)
+    setup_runtime()
+    with locked(config.folder):
+        (config.folder / "runs").mkdir(exist_ok=True)
+        save_config(config, config.folder / "config.yaml")
+        cells = measure(config, questions)
+        written = write_table(config, cells, questions)
+    print(f"\n{written}\nsaved in {config.folder}{os.sep}")
+
+
+if __name__ == "__main__":
+    run_main(main)

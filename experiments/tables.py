@@ -1,0 +1,128 @@
+"""A measured table as Markdown, CSV and a plot, with the machine and the versions that it was measured with."""
+
+import csv
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.cells import Cell, total
+from experiments.questions import Question
+
+if TYPE_CHECKING:
+    from experiments.reproduce import TableConfig
+
+ALL = "all"
+Cells = Mapping[tuple[str, str], Cell]
+
+
+def write_table(config: "TableConfig", cells: Cells, questions: Mapping[str, Sequence[Question]]) -> str:
+    """Writes table.md, table.csv and plot.png to the config's folder and returns the Markdown."""
+    summed = {**cells, **{(row.name, ALL): total([cells[row.name, task] for task in questions]) for row in config.rows}}
+    measures = {key: measures_of(cell, summed["plain", key[1]]) for key, cell in summed.items()}
+    text = markdown(config, measures, questions)
+    (config.folder / "table.md").write_text(text, encoding="utf-8")
+    with (config.folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["row", "task", "measure", "value"])
+        writer.writerows([*key, name, value] for key, values in measures.items() for name, value in values.items())
+    _plot(config, measures, config.folder / "plot.png")
+    return text
+
+
+def measures_of(cell: Cell, plain: Cell) -> dict[str, float]:
+    """Returns a cell's figures.
+
+    mat is new tokens per step. speedup compares tokens per second of prompt and decoding with plain decoding's.
+    break_even is a step's time over a plain step's: what MAT must exceed for decoding to be faster than plain. same is
+    the share of turns whose token ids equal plain decoding's.
+    """
+    same = sum(ours == theirs for ours, theirs in zip(cell.tokens, plain.tokens, strict=True))
+    return {
+        "mat": cell.mat,
+        "tokens_per_second": cell.tokens_per_second,
+        "speedup": cell.tokens_per_second / plain.tokens_per_second,
+        "break_even": (cell.decode_seconds / cell.steps) / (plain.decode_seconds / plain.steps),
+        "same": same / len(plain.tokens),
+        "acceptance": cell.accepted / cell.drafted if cell.drafted else 0.0,
+        "target_calls": cell.target_calls,
+        "draft_calls": cell.draft_calls,
+        "new_tokens": cell.emitted,
+    }
+
+
+def markdown(config: "TableConfig", measures: Mapping[tuple[str, str], Mapping[str, float]], questions: Any) -> str:
+    """Returns the table's page."""
+    columns = [*questions, ALL]
+    lines = [f"# {config.title or config.table}", "", _setting(config, questions), "", machine(), ""]
+    for measure, title in (("mat", "MAT (new tokens per step)"), ("speedup", "Speed over plain, same run")):
+        lines += [f"## {title}", ""]
+        lines += [f"| row | {' | '.join(columns)} | paper |", f"|{' --- |' * (len(columns) + 2)}"]
+        for row in config.rows:
+            figures = [f"{measures[row.name, column][measure]:.2f}" for column in columns]
+            lines.append(f"| {row.name} | {' | '.join(figures)} | {row.paper} |")
+        lines.append("")
+    lines += [
+        "## All tasks",
+        "",
+        "| row | tokens/s | speedup | MAT | break-even MAT | accepted of drafted | same text |",
+    ]
+    lines.append(f"|{' --- |' * 7}")
+    for row in config.rows:
+        m = measures[row.name, ALL]
+        lines.append(
+            f"| {row.name} | {m['tokens_per_second']:.1f} | {m['speedup']:.2f} | {m['mat']:.2f} | {m['break_even']:.2f} | "
+            f"{m['acceptance']:.2f} | {m['same']:.2f} |"
+        )
+    lines += ["", "Break-even MAT is a step's time over a plain step's: decoding is faster than plain above it.", ""]
+    lines += [_answer(claim, measures) for claim in config.claims]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _setting(config: "TableConfig", questions: Mapping[str, Sequence[Question]]) -> str:
+    count = sum(len(asked) for asked in questions.values())
+    draft = f", drafts by {config.draft}" if config.draft else ""
+    return (
+        f"{config.model}{draft}; preset {config.preset}: {count} questions of {config.questions.name} "
+        f"({config.size.per_task} per task), {config.size.max_new_tokens} new tokens per turn, batch 1."
+    )
+
+
+def machine() -> str:
+    """Returns the machine and the versions, in a line."""
+    import jax
+
+    device = jax.devices()[0]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax"))
+    return (
+        f"Measured on {len(jax.devices())} {device.platform} device(s) ({device.device_kind}), {os.cpu_count()} CPU cores "
+        f"({platform.machine()}), Python {platform.python_version()}, {versions}."
+    )
+
+
+def _answer(claim: Any, measures: Mapping[tuple[str, str], Mapping[str, float]]) -> str:
+    name = "mat" if claim.measure == "mat" else "speedup"
+    ours, theirs = measures[claim.row, ALL][name], measures[claim.than, ALL][name]
+    verdict = "reproduced" if ours > theirs else "not reproduced"
+    return f"- {claim.text}: **{verdict}** here ({claim.row} {ours:.2f}, {claim.than} {theirs:.2f})."
+
+
+def _plot(config: "TableConfig", measures: Mapping[tuple[str, str], Mapping[str, float]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    names = [row.name for row in config.rows]
+    figure = Figure(figsize=(7, 0.45 * len(names) + 1.2), layout="constrained")
+    for axes, measure, title in zip(
+        figure.subplots(1, 2, sharey=True), ("mat", "speedup"), ("MAT", "speed over plain"), strict=True
+    ):
+        values = [measures[name, ALL][measure] for name in names]
+        axes.barh(names, values)
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.set_title(title)
+        for place, value in enumerate(values):
+            axes.text(value, place, f" {value:.2f}", va="center")
+        axes.margins(x=0.2)
+        axes.invert_yaxis()
+    figure.savefig(path, dpi=120)
