@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.cells import Cell, Row, cell_key, load_cell, load_warm, save_cell
+from experiments.cells import Cell, Row, cell_key, load_cell, save_cell
 from experiments.config import load_config, save_config
 from experiments.decode import SamplingSettings
 from experiments.questions import Question, read_questions
@@ -51,6 +51,11 @@ class Preset:
 
     per_task: int = 1  # questions of each task
     max_new_tokens: int = 64  # per turn
+    tasks: tuple[str, ...] = ()  # which tasks; none: all of the file's
+
+    def __post_init__(self) -> None:
+        if self.per_task < 1 or self.max_new_tokens < 1:
+            raise ValueError("per_task and max_new_tokens must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +77,6 @@ class TableConfig:
     draft: str | None = None  # the model that drafts, for rows that say so
     dtype: Literal["float32", "bfloat16"] | None = None  # None: as stored (GGUF: float32)
     questions: Path = Path("configs/prompts/spec_bench.jsonl")  # in Spec-Bench's format
-    tasks: tuple[str, ...] = ()  # which tasks; none: all of the file's
     rows: tuple[TableRow, ...] = (TableRow(),)
     claims: tuple[Claim, ...] = ()
     preset: Literal["smoke", "cpu", "gpu"] = "cpu"
@@ -174,12 +178,11 @@ def read_tasks(config: TableConfig) -> dict[str, list[Question]]:
     """Returns {task: questions} for the tasks of the config."""
     questions = read_questions(config.questions, config.size.per_task)
     tasks = list(dict.fromkeys(question.task for question in questions))
-    for task in config.tasks:
+    for task in config.size.tasks:
         if task not in tasks:
-            raise unknown_name("task", task, tasks)
-    return {
-        task: [q for q in questions if q.task == task] for task in tasks if not config.tasks or task in config.tasks
-    }
+            raise unknown_name(f"task of {config.questions}", task, tasks)
+    wanted = config.size.tasks or tasks
+    return {task: [q for q in questions if q.task == task] for task in tasks if task in wanted}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -72,10 +72,8 @@ def markdown(config: "TableConfig", measures: Mapping[tuple[str, str], Mapping[s
     lines.append(f"|{' --- |' * 7}")
     for row in config.rows:
         m = measures[row.name, ALL]
-        lines.append(
-            f"| {row.name} | {m['tokens_per_second']:.1f} | {m['speedup']:.2f} | {m['mat']:.2f} | {m['break_even']:.2f} | "
-            f"{m['acceptance']:.2f} | {m['same']:.2f} |"
-        )
+        figures = [f"{m[name]:.2f}" for name in ("speedup", "mat", "break_even", "acceptance", "same")]
+        lines.append(f"| {row.name} | {m['tokens_per_second']:.1f} | {' | '.join(figures)} |")
     lines += ["", "Break-even MAT is a step's time over a plain step's: decoding is faster than plain above it.", ""]
     lines += [_answer(claim, measures) for claim in config.claims]
     return "\n".join(lines).rstrip() + "\n"
@@ -97,8 +95,8 @@ def machine() -> str:
     device = jax.devices()[0]
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax"))
     return (
-        f"Measured on {len(jax.devices())} {device.platform} device(s) ({device.device_kind}), {os.cpu_count()} CPU cores "
-        f"({platform.machine()}), Python {platform.python_version()}, {versions}."
+        f"Measured on {len(jax.devices())} {device.platform} device(s) ({device.device_kind}), {os.cpu_count()} CPU "
+        f"cores ({platform.machine()}), Python {platform.python_version()}, {versions}."
     )
 
 

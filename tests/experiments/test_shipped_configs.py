@@ -1,15 +1,18 @@
 """Every config in configs/ loads, and nothing in there is of a kind that no main reads."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
+from decoding import METHODS
 from experiments.bench import BenchConfig
 from experiments.config import dump_config, load_config
 from experiments.decode import DecodeConfig
+from experiments.reproduce import TableConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-KINDS = {"decode": DecodeConfig, "bench": BenchConfig}
+KINDS = {"decode": DecodeConfig, "bench": BenchConfig, "tables": TableConfig}
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
 
@@ -25,3 +28,28 @@ def test_config_loads_and_its_dump_loads_to_the_same(file, tmp_path):
     again = tmp_path / "again.yaml"
     again.write_text(dump_config(config))
     assert load_config(cls, ["--config", str(again)], prog="test", description="") == config
+
+
+def chosen(config):
+    """Yields (method, options, whether a draft model is named) of a config."""
+    if isinstance(config, DecodeConfig):
+        yield config.method, config.options, config.draft is not None
+    elif isinstance(config, TableConfig):
+        yield from ((row.method, row.options, row.draft and config.draft is not None) for row in config.rows)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
+def test_methods_and_options_exist(file):
+    config = load_config(
+        KINDS[file.relative_to(CONFIGS).parts[0]], ["--config", str(file)], prog="test", description=""
+    )
+    for method, options, drafts in chosen(config):
+        assert METHODS[method].drafts == drafts
+        assert set(options) <= {field.name for field in dataclasses.fields(METHODS[method].options)}
+        METHODS[method].options(**options)
+
+
+def test_every_method_has_a_config():
+    shipped = {load_config(DecodeConfig, ["--config", str(file)], prog="test", description="").method
+               for file in FILES if file.parent.name == "decode"}  # fmt: skip
+    assert shipped | {"sample"} == set(METHODS)

@@ -1,0 +1,125 @@
+"""Tables on a tiny model: measured once, kept, resumed; one run per folder; figures that add up."""
+
+import csv
+import json
+import re
+
+import pytest
+from filelock import FileLock
+
+from experiments import cells, reproduce
+from experiments.cells import Cell, total
+from experiments.tables import measures_of
+from models.errors import InputError
+from tests.support.tiny_folder import write_tiny_folder
+
+TABLE = """
+table: tiny
+rows:
+  - {name: plain}
+  - {name: copies, method: prompt_lookup, options: {length: 3}, paper: "1.75"}
+  - {name: recycled, method: token_recycling, options: {width: 6}}
+claims:
+  - {text: Copies are accepted, row: copies}
+presets:
+  smoke: {per_task: 1, max_new_tokens: 12}
+"""
+QUESTIONS = [("qa", ["abcabcabc"]), ("coding", ["hello", "again"])]
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Returns a function that runs the main in a folder of its own, and the results folder."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
+    write_tiny_folder(tmp_path / "model")
+    (tmp_path / "table.yaml").write_text(TABLE)
+    lines = [json.dumps({"question_id": i, "category": c, "turns": t}) for i, (c, t) in enumerate(QUESTIONS)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out"
+    flags = ["--preset", "smoke", "--model", str(tmp_path / "model"), "--out", str(out)]
+    flags += ["--questions", str(tmp_path / "questions.jsonl")]
+    return lambda *more: reproduce.main([str(tmp_path / "table.yaml"), *flags, *more]), out
+
+
+def kept(capsys) -> list[bool]:
+    return [line.endswith("(kept)") for line in capsys.readouterr().out.splitlines() if re.match(r" *\d+/\d+ ", line)]
+
+
+def test_a_table_is_written_and_kept(table, capsys):
+    run, out = table
+    run()
+    assert kept(capsys) == [False] * 6
+    assert {path.name for path in out.iterdir()} >= {"table.md", "table.csv", "plot.png", "config.yaml", "runs"}
+    page = (out / "table.md").read_text()
+    assert "| copies |" in page and "reproduced** here" in page and "jax " in page
+    with (out / "table.csv").open() as file:
+        figures = {(r["row"], r["task"], r["measure"]): float(r["value"]) for r in csv.DictReader(file)}
+    assert figures["plain", "all", "mat"] == figures["plain", "qa", "speedup"] == 1
+    assert figures["plain", "all", "new_tokens"] == 36, "three turns"
+    assert {figures[row, "all", "same"] for row in ("copies", "recycled")} == {1}, "exact methods write plain text"
+    run()
+    assert kept(capsys) == [True] * 6
+    run("--seed", "3")
+    assert kept(capsys) == [False] * 6, "another seed is another measurement"
+
+
+def test_an_interrupted_run_goes_on(table, capsys, monkeypatch):
+    run, out = table
+    save, saved = cells.save_cell, []
+
+    def stopping(path, cell, warm):
+        if len(saved) == 4:
+            raise KeyboardInterrupt
+        saved.append((path, cell, warm))
+        save(path, cell, warm)
+
+    monkeypatch.setattr(reproduce, "save_cell", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert not (out / "table.md").exists()
+    monkeypatch.setattr(reproduce, "save_cell", save)
+    capsys.readouterr()
+    run()
+    assert kept(capsys) == [True] * 4 + [False] * 2
+    resumed = json.loads((out / "runs" / "qa--recycled.json").read_text())
+    for path in (out / "runs").iterdir():
+        path.unlink()
+    run()
+    whole = json.loads((out / "runs" / "qa--recycled.json").read_text())
+    assert resumed["steps"] == whole["steps"], "the table that the first cell left was taken up again"
+
+
+def test_two_runs_in_one_folder_are_refused(table):
+    run, out = table
+    out.mkdir()
+    with FileLock(out / ".lock"), pytest.raises(InputError, match="another run is writing to"):
+        run()
+
+
+def test_tables_that_cannot_be(table, tmp_path):
+    run, _ = table
+    for text, message in (
+        ("rows: [{name: mine}]", "the first must be called plain"),
+        ("rows: [{name: plain}, {name: plain}]", "names of their own"),
+        ("claims: [{text: x, row: none}]", "must compare rows of this table"),
+        ("presets: {smoke: {tasks: [quiz]}}", "quiz"),
+        ("presets: {smoke: {per_task: 0}}", "at least 1"),
+        ("rows: [{name: plain}, {name: b, method: rsd_c, draft: true}]", "name it in draft"),
+        ("rows: [{name: plain}, {name: b, metod: rsd_c}]", "method"),
+    ):
+        (tmp_path / "table.yaml").write_text(text)
+        with pytest.raises(InputError, match=message):
+            run()
+
+
+def cell(tokens: list[list[int]], steps: int, seconds: float) -> Cell:
+    return Cell("", tokens, steps, steps, 0, 3 * steps, 2, [0, steps], 1.0, seconds)
+
+
+def test_figures():
+    plain, fast = cell([[1, 2, 3, 4], [5, 6]], 6, 5.0), cell([[1, 2, 3, 4], [5, 7]], 3, 3.0)
+    figures = measures_of(fast, plain)
+    assert figures["mat"] == 2 and figures["same"] == 0.5 and figures["speedup"] == pytest.approx(6 / 4)
+    assert figures["break_even"] == pytest.approx((3 / 3) / (5 / 6))
+    both = total([plain, fast])
+    assert both.emitted == 12 and both.steps == 9 and both.histogram == [0, 9] and both.decode_seconds == 8.0
