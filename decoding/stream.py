@@ -3,6 +3,8 @@
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
+import numpy as np
+
 from decoding.arguments import whole_number
 from decoding.decode import DecodeFn
 from decoding.state import DecodeState
@@ -49,7 +51,8 @@ def stream_state(
     written = ""
     while True:
         finished = bool(state.done[0])
-        text = tokenizer.decode(state.tokens[0, : int(state.lengths[0])].tolist())
+        tokens = np.asarray(state.tokens)[0, : int(state.lengths[0])]  # a slice on the device compiles for every length
+        text = tokenizer.decode(tokens.tolist())
         if len(text) > len(written) and (finished or not text.endswith("\ufffd")):
             yield text[len(written) :]
             written = text

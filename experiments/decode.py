@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from experiments.config import load_config
 from experiments.runtime import run_main, setup_runtime
-from models.errors import InputError
+from models.errors import InputError, unknown_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,8 @@ class DecodeConfig:
 
     model: str = "smollm2-135m-instruct"  # a registry name, a .gguf file, or a model folder
     dtype: Literal["float32", "bfloat16"] | None = None  # None: as stored (GGUF: float32)
-    prompt: tuple[str, ...] = ()  # prompts; repeat the flag for several
-    prompts: Path | None = None  # a JSON Lines file whose objects have a "prompt"
+    prompt: tuple[str, ...] = ()  # one or several prompts
+    prompts: Path | None = None  # a JSON Lines file whose objects have a "prompt"; they come behind those of the flag
     chat: bool = True  # put prompts through the model's chat template, where it has one
     method: str = "greedy"  # a decoding method
     draft: str | None = None  # the model that drafts, by name or path, for methods that draft with a second one
@@ -104,13 +104,21 @@ def _read_lines(path: Path) -> Iterator[str]:
         yield prompt
 
 
-def check_drafts(method: str) -> None:
-    """Raises InputError where a method is given a draft model and has no use for one."""
+def check_method(config: DecodeConfig) -> None:
+    """Raises InputError where the method is unknown, or does not go with what else is set."""
     from decoding import METHODS
 
-    if method in METHODS and not METHODS[method].drafts:
+    if config.method not in METHODS:
+        raise unknown_name("method", config.method, METHODS)
+    method = METHODS[config.method]
+    if method.drafts and config.draft is None:
+        raise InputError(f"method {config.method!r} drafts with a second model: name it with --draft")
+    if config.draft is not None and not method.drafts:
         drafting = ", ".join(name for name, row in METHODS.items() if row.drafts)
-        raise InputError(f"method {method!r} drafts with no second model: leave out draft, or choose one of {drafting}")
+        raise InputError(f"method {config.method!r} drafts with no second model: leave out --draft, or use {drafting}")
+    given = [name for name, value in dataclasses.asdict(config.sampling).items() if value is not None]
+    if given and method.temperature is None:
+        raise InputError(f"method {config.method!r} takes no {given[0]}: leave it out, or use --method sample")
 
 
 class Runner:
@@ -123,11 +131,11 @@ class Runner:
         from decoding import WithDraft, make_decode_fn
         from models import load_model
 
+        check_method(config)
         begin = time.perf_counter()
         self.model, self.params, self.tokenizer = load_model(config.model, config.dtype)
         options = dict(config.options)
         if config.draft is not None:
-            check_drafts(config.method)
             options["draft"], draft_params, _ = load_model(config.draft, config.dtype)
             self.params = WithDraft(self.params, draft_params)
         jax.block_until_ready(self.params)

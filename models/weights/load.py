@@ -50,7 +50,7 @@ def find_model(name: str | Path) -> Path:
         return fetch(str(name))
     if path.exists():
         return path
-    if path.suffix or len(path.parts) > 1:
+    if path.suffix or len(path.parts) > 1 or str(name).startswith((".", "/")):
         raise InputError(f"no such file or folder: {path}")
     raise unknown_name("model", str(name), MODELS)
 
