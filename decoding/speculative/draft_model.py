@@ -16,7 +16,7 @@ from flax import struct
 from decoding.prefill import Prompts, prefill
 from decoding.sampling import Sampling, probabilities, top_tokens
 from decoding.speculative.drafter import Round
-from decoding.speculative.verify import Verified
+from decoding.speculative.target import Verified
 from models.attention import TreeRows, tree_attend
 from models.cache import KVCache, commit
 from models.decoder import Decoder, next_positions

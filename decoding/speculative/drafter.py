@@ -11,8 +11,9 @@ from flax import struct
 
 from decoding.method import Call
 from decoding.prefill import Prompts
+from decoding.speculative.target import Verified
 from decoding.speculative.tree import TokenTree
-from decoding.speculative.verify import Mode, Verified
+from decoding.speculative.verify import Mode
 
 
 @struct.dataclass

@@ -15,7 +15,8 @@ from decoding.method import Call, Steps, WithDraft, target_params
 from decoding.prefill import Prompts
 from decoding.sampling import step_keys
 from decoding.speculative.drafter import Drafter, Round, Seen
-from decoding.speculative.verify import Target, verify
+from decoding.speculative.target import Target
+from decoding.speculative.verify import verify
 from decoding.state import DecodeState, emit
 from models.attention import TreeRows, tree_attend
 from models.cache import KVCache, commit

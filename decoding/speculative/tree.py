@@ -38,6 +38,12 @@ class TokenTree:
     ancestors: jax.Array
     laws: jax.Array | None = None
 
+    def law_behind(self, row: jax.Array) -> jax.Array:
+        """Returns f32[B, V]: the law that the children of `row` (i32[B]) were drawn from; zeros where it has none."""
+        inside = jnp.minimum(row, self.laws.shape[1] - 1)
+        law = self.laws[jnp.arange(len(row)), inside]
+        return jnp.where((row < self.laws.shape[1])[:, None], law, 0.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Template:

@@ -15,52 +15,18 @@ On a chain, rrs_wor and rrs_iid are speculative sampling (2211.17192, 2302.01318
 Axis letters: B batch, W tree rows, P rows with laws, A kept rows at most, V vocabulary.
 """
 
-from typing import Literal, NamedTuple
+import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from decoding.sampling import Sampling, draw, likeliest, probabilities, step_keys
+from decoding.sampling import draw, likeliest, step_keys
+from decoding.speculative.target import Target, Verified, kept, normalised
+from decoding.speculative.traversal import traversal
 from decoding.speculative.tree import TokenTree
 
 Mode = Literal["node", "rrs_wor", "rrs_iid", "point", "traversal"]
-
-
-@struct.dataclass
-class Verified:
-    """What a step keeps.
-
-    Attributes:
-        rows: i32[B, A], the accepted path, row 0 first; 0 from `count` on.
-        tokens: i32[B, A], the tokens to emit: those of rows[1:], then one more from the target.
-        count: i32[B], how many rows, and how many tokens; 1 to A.
-    """
-
-    rows: jax.Array
-    tokens: jax.Array
-    count: jax.Array
-
-
-class Target(NamedTuple):
-    """The target's side of a step: logits f32[B, W, V] behind every row, and what turns them into laws.
-
-    `keys` and `lengths` (i32[B], new tokens so far) give the randomness: `node` draws the token at place n with the key
-    of step n, as plain sampling does, and so writes the same text.
-    """
-
-    logits: jax.Array
-    sampling: Sampling
-    seen: jax.Array
-    keys: jax.Array
-    lengths: jax.Array
-
-    def law(self, tree: TokenTree, row: jax.Array) -> jax.Array:
-        """Returns f32[B, V]: the law of the token behind `row` (i32[B])."""
-        batch = jnp.arange(row.shape[0])
-        path = jnp.broadcast_to(tree.ancestors, (row.shape[0], *tree.ancestors.shape[1:]))[batch, row]
-        seen = self.seen.at[batch[:, None], tree.tokens].max(path)
-        return probabilities(self.logits[batch, row], self.sampling, seen)
 
 
 def verify(mode: Mode, tree: TokenTree, target: Target, most: int) -> Verified:
@@ -75,9 +41,7 @@ def verify(mode: Mode, tree: TokenTree, target: Target, most: int) -> Verified:
     batch, width = tree.tokens.shape
     tree = tree.replace(parent=jnp.broadcast_to(tree.parent, (batch, width)))
     plain = jnp.all(target.sampling.temperature == 0) & jnp.all(target.sampling.repetition_penalty == 1)
-    sampled = {"node": _node, "traversal": _traversal}.get(mode)
-    if sampled is None:
-        return jax.lax.cond(plain, lambda: _greedy(tree, target, most), lambda: _recursive(mode, tree, target, most))
+    sampled = {"node": _node, "traversal": traversal}.get(mode, functools.partial(_recursive, mode))
     return jax.lax.cond(plain, lambda: _greedy(tree, target, most), lambda: sampled(tree, target, most))
 
 
@@ -127,8 +91,7 @@ def _recursive(mode: Mode, tree: TokenTree, target: Target, most: int) -> Verifi
     def law_of_children(row):
         if mode == "point":
             return jnp.ones((batch, target.logits.shape[-1]), jnp.float32)  # each child is its own law
-        law = tree.laws[index, jnp.minimum(row, tree.laws.shape[1] - 1)]
-        return jnp.where((row < tree.laws.shape[1])[:, None], law, 0.0)
+        return tree.law_behind(row)
 
     def trial(i, carry, tried):
         row, r, q, rows, count = carry
@@ -162,81 +125,4 @@ def _recursive(mode: Mode, tree: TokenTree, target: Target, most: int) -> Verifi
     start = (root, target.law(tree, root), law_of_children(root), jnp.zeros((batch, most), jnp.int32), root + 1)
     (_, r, _, rows, count), _ = jax.lax.scan(step, start, jnp.arange(1, width))
     last = draw(jnp.log(r), jax.vmap(jax.random.fold_in, (0, None))(keys, 0))
-    return _finish(tree, rows, count, last)
-
-
-def _traversal(tree: TokenTree, target: Target, most: int) -> Verified:
-    """Traversal verification (2505.12398, algorithm 2) as one loop over a stack of the current path.
-
-    At each depth of the path the stack has the target's residual p, the draft's q, and the weight w with which the path
-    so far may be kept; a row that fails hands its parent the residual of both.
-    """
-    batch, width = tree.tokens.shape
-    vocab = target.logits.shape[-1]
-    index = jnp.arange(batch)
-    keys = step_keys(target.keys, target.lengths)
-
-    def push(stack, level, row, weight, where):
-        p, q, w, rows = stack
-        law = jnp.minimum(row, tree.laws.shape[1] - 1)
-        q_row = jnp.where((row < tree.laws.shape[1])[:, None], tree.laws[index, law], 0.0)
-        put = where[:, None] & (jnp.arange(most)[None, :] == level[:, None])
-        return (
-            jnp.where(put[..., None], target.law(tree, row)[:, None], p),
-            jnp.where(put[..., None], q_row[:, None], q),
-            jnp.where(put, weight[:, None], w),
-            jnp.where(put, row[:, None], rows),
-        )
-
-    def step(carry):
-        (p, q, w, rows), level, untried, done, turn = carry
-        row, p_here, q_here, w_here = rows[index, level], p[index, level], q[index, level], w[index, level]
-        children = untried & (tree.parent == row[:, None])
-        child = jnp.argmax(children, axis=1).astype(jnp.int32)
-        token = tree.tokens[index, child]
-        q_token = q_here[index, token]
-        down = ~done & children.any(axis=1)
-        untried = untried & ~(down[:, None] & (jnp.arange(width)[None, :] == child[:, None]))
-        down &= q_token > 0
-        leaf = ~done & ~children.any(axis=1)
-        uniform = jax.vmap(jax.random.uniform)(jax.vmap(jax.random.fold_in, (0, None))(keys, turn))
-        done = done | (leaf & ((uniform < w_here) | (level == 0)))
-        up = leaf & ~done
-        # the failed child's parent: (w p - q)+ and its weight; then q without the child's token
-        above = jnp.maximum(level - 1, 0)
-        p_up, q_up, w_up = p[index, above], q[index, above], w[index, above]
-        rest = jnp.maximum(w_up[:, None] * p_up - q_up, 0.0)
-        mass = rest.sum(axis=-1)
-        room = mass + (1 - w_up)  # in this order: a small mass must not be lost beside the 1
-        w_new = jnp.where(room > 0, mass / jnp.maximum(room, 1e-30), 1.0)
-        q_left = q_up.at[index, tree.tokens[index, row]].set(0.0)
-        put = up[:, None] & (jnp.arange(most)[None, :] == above[:, None])
-        p = jnp.where(put[..., None], normalised(rest, p_up)[:, None], p)
-        q = jnp.where(put[..., None], normalised(q_left, q_left)[:, None], q)
-        w = jnp.where(put, w_new[:, None], w)
-        ratio = w_here * p_here[index, token] / jnp.where(q_token > 0, q_token, 1.0)
-        stack = push((p, q, w, rows), level + 1, child, jnp.minimum(ratio, 1.0), down)
-        return stack, level + down.astype(jnp.int32) - up.astype(jnp.int32), untried, done, turn + 1
-
-    zero = jnp.zeros((batch,), jnp.int32)
-    empty = jnp.zeros((batch, most, vocab), jnp.float32)
-    stack = (empty, empty, jnp.zeros((batch, most), jnp.float32), jnp.zeros((batch, most), jnp.int32))
-    stack = push(stack, zero, zero, jnp.ones((batch,), jnp.float32), zero == 0)
-    start = (stack, zero, tree.parent >= 0, zero != 0, jnp.ones((), jnp.int32))
-    (p, _, _, rows), level, *_ = jax.lax.while_loop(lambda carry: ~carry[3].all(), step, start)
-    last = draw(jnp.log(p[index, level]), jax.vmap(jax.random.fold_in, (0, None))(keys, 0))
-    return _finish(tree, jnp.where(jnp.arange(most)[None, :] <= level[:, None], rows, 0), level + 1, last)
-
-
-def _finish(tree: TokenTree, rows: jax.Array, count: jax.Array, last: jax.Array) -> Verified:
-    """Returns the path with its tokens and the last token behind them."""
-    tokens = jnp.take_along_axis(tree.tokens, jnp.roll(rows, -1, axis=1), axis=1)
-    place = jnp.arange(rows.shape[1])[None, :]
-    tokens = jnp.where(place < count[:, None] - 1, tokens, 0)
-    return Verified(rows, jnp.where(place == count[:, None] - 1, last[:, None], tokens), count)
-
-
-def normalised(x: jax.Array, otherwise: jax.Array) -> jax.Array:
-    """Returns x [B, V] divided by its sums; `otherwise` (a law, or zeros) for rows that are all zero."""
-    total = x.sum(axis=-1, keepdims=True)
-    return jnp.where(total > 0, x / jnp.where(total > 0, total, 1.0), otherwise)
+    return kept(tree, rows, count, last)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from decoding.sampling import Sampling
+from decoding.speculative.target import Target, Verified
 from decoding.speculative.tree import Template, TokenTree
-from decoding.speculative.verify import Mode, Target, Verified, verify
+from decoding.speculative.verify import Mode, verify
 from models.config import AttentionConfig, BlockConfig, DecoderConfig, MLPConfig
 from models.decoder import Decoder
 from tests.support.decode_reference import filtered, softmax
