@@ -15,6 +15,7 @@ import pytest
 from decoding import METHODS, make_decode_fn
 from decoding.autoregressive import SAMPLE, NoOptions, make_sample
 from decoding.method import Method, Steps, WithDraft
+from models.decoder import Decoder
 from tests.support.decode_reference import (
     PROMPTS,
     ROOM,
@@ -37,6 +38,7 @@ SMALL = {  # options of methods that take long to compile
     "speculative_sampling": {"length": 3},
     "token_recycling": {"width": 20},
 }
+SHARED = ("embedding", "final_norm", "unembedding")
 LABELS = ("exact", "distribution", "lossy")
 LAWS = {
     "plain": {},
@@ -53,14 +55,16 @@ def lawful() -> list[str]:
 
 
 def made(name: str, model, params, room: int):
-    """Returns (decode_fn, params) of a method; a draft is the model itself with weights that are somewhat off."""
+    """Returns (decode_fn, params) of a method; a draft is the model's first layer, its weights somewhat off."""
     options = SMALL.get(name, {})
     if not METHODS[name].drafts:
         return make_decode_fn(model, name, max_new_tokens=room, **options), params
-    leaves, structure = jax.tree.flatten(params)
+    draft = Decoder(dataclasses.replace(model.config, blocks=model.config.blocks[:1]))
+    first = {name: part for name, part in params.items() if name in ("layers_0", *SHARED)}
+    leaves, structure = jax.tree.flatten(first)
     keys = jax.random.split(jax.random.key(5), len(leaves))
     off = [x + 0.1 * jnp.std(x) * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
-    fn = make_decode_fn(model, name, max_new_tokens=room, draft=model, **options)
+    fn = make_decode_fn(model, name, max_new_tokens=room, draft=draft, **options)
     return fn, WithDraft(params, jax.tree.unflatten(structure, off))
 
 
