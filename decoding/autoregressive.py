@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from decoding.method import Call, Method, Steps
-from decoding.prefill import Prompts
+from decoding.prefill import Prompts, prompt_tokens
 from decoding.sampling import Sampling, draw, likeliest, process_logits, step_keys
 from decoding.state import DecodeState, emit
 from models.cache import KVCache, commit
@@ -58,11 +58,7 @@ def make_sample(model: Decoder, options: NoOptions, stop_tokens: tuple[int, ...]
     """Sampling with temperature, top-k, top-p, min-p and repetition penalty (`decoding.sampling`)."""
 
     def init(params: Any, prompts: Prompts, cache: KVCache, call: Call) -> SampleCarry:
-        batch, width = prompts.tokens.shape
-        real = jnp.arange(width)[None, :] < prompts.lengths[:, None]
-        rows = jnp.arange(batch)[:, None]
-        seen = jnp.zeros((batch, model.config.vocab_size), bool).at[rows, prompts.tokens].max(real)
-        return SampleCarry(call.sampling, call.keys, seen)
+        return SampleCarry(call.sampling, call.keys, prompt_tokens(prompts, model.config.vocab_size))
 
     def step(params: Any, state: DecodeState) -> DecodeState:
         logits, state = target_step(model, params, state)

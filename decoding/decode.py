@@ -120,6 +120,7 @@ class DecodeFn:
         *,
         max_new_tokens: int | Sequence[int] | None = None,
         warm: Any = None,
+        draft_prompts: Sequence[Sequence[int]] | None = None,
         **sampling: float | Sequence[float],
     ) -> DecodeOutput:
         """Decodes.
@@ -132,6 +133,8 @@ class DecodeFn:
             max_new_tokens: new tokens wanted, for all rows or one number per row; None or at most what the function was
                 made with.
             warm: an earlier output's `warm`, to start from what a drafter has learned; None starts afresh.
+            draft_prompts: B lists of token ids that a draft model reads in place of the prompts (a shortened context);
+                None: the prompts. The text itself depends on them only where a method is lossy.
             **sampling: temperature, top_k, top_p, min_p, repetition_penalty (`decoding.sampling.Sampling`), a number
                 for all rows or one per row; only for methods that sample.
 
@@ -143,7 +146,9 @@ class DecodeFn:
                 range.
         """
         self._check_params(params)
-        prompts, call = self.inputs(prompts, rng, max_new_tokens=max_new_tokens, warm=warm, **sampling)
+        prompts, call = self.inputs(
+            prompts, rng, max_new_tokens=max_new_tokens, warm=warm, draft_prompts=draft_prompts, **sampling
+        )
         return _decode(self.plan, params, prompts, call)
 
     def start(self, params: Any, prompts: Prompts, call: Call) -> DecodeState:
@@ -182,6 +187,7 @@ class DecodeFn:
         *,
         max_new_tokens: int | Sequence[int] | None = None,
         warm: Any = None,
+        draft_prompts: Sequence[Sequence[int]] | None = None,
         **sampling: float | Sequence[float],
     ) -> tuple[Prompts, Call]:
         """Checks a call's arguments (see `__call__`) and returns them as the arrays that `decode` and `start` take."""
@@ -193,13 +199,32 @@ class DecodeFn:
         free = capacity - padded.lengths + 1
         method = self.plan.method
         settings = read_sampling(sampling, batch, method, METHODS[method].temperature)
-        return padded, Call(np.minimum(limit, free), read_keys(rng, batch), settings, self._warm(warm))
+        read = self._draft_prompts(draft_prompts, batch)
+        return padded, Call(np.minimum(limit, free), read_keys(rng, batch), settings, self._warm(warm), read)
 
     def _check_params(self, params: Any) -> None:
         drafts = METHODS[self.plan.method].drafts
         if drafts != isinstance(params, WithDraft):
             wanted = "WithDraft(target, draft)" if drafts else "the model's own parameters, not WithDraft"
             raise InputError(f"method {self.plan.method!r} takes {wanted} as params")
+
+    def _draft_prompts(self, prompts: Sequence[Sequence[int]] | None, batch: int) -> Prompts | None:
+        """Returns what the draft model is to read; raises InputError where there is none, or where it does not fit."""
+        if prompts is None:
+            return None
+        if not METHODS[self.plan.method].drafts:
+            raise InputError(f"method {self.plan.method!r} has no draft model: leave out draft_prompts")
+        draft = self.plan.options.draft.config
+        padded = pad_prompts(prompts, draft.vocab_size)
+        if len(padded.lengths) != batch:
+            raise InputError(f"draft_prompts must be {batch}, one for each prompt; got {len(padded.lengths)}")
+        longest = int(padded.lengths.max()) + self.plan.room + self.plan.steps().rows
+        if longest > draft.max_length:
+            raise InputError(
+                f"draft_prompts and the new tokens come to {longest} tokens, the draft model's context is "
+                f"{draft.max_length}: shorten them"
+            )
+        return padded
 
     def _warm(self, warm: Any) -> Any:
         """Returns what to start from; raises InputError where it is not this method's."""

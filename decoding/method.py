@@ -22,12 +22,14 @@ class Call:
         keys: one random key per row.
         sampling: the rows' sampling settings.
         warm: what the method starts from (`Steps.cold`, or an earlier output's `warm`), or None.
+        draft_prompts: what a draft model reads in place of the prompts, or None.
     """
 
     limit: jax.Array
     keys: jax.Array
     sampling: Sampling
     warm: Any = None
+    draft_prompts: Prompts | None = None
 
 
 @struct.dataclass

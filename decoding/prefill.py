@@ -70,6 +70,14 @@ def _read_row(index: int, prompt: Sequence[int], vocab_size: int) -> np.ndarray:
     return row
 
 
+def prompt_tokens(prompts: Prompts, vocab_size: int) -> jax.Array:
+    """Returns bool[B, V]: which tokens occur in each row's prompt."""
+    batch, width = prompts.tokens.shape
+    real = jnp.arange(width)[None, :] < prompts.lengths[:, None]
+    seen = jnp.zeros((batch, vocab_size), bool)
+    return seen.at[jnp.arange(batch)[:, None], prompts.tokens].max(real)
+
+
 def prefill(model: Decoder, params: Any, prompts: Prompts, num_slots: int) -> KVCache:
     """Returns a cache of `num_slots` slots that holds every prompt but its last token.
 

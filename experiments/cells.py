@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,11 @@ def load_warm(path: Path, like: Any) -> Any:
     """Returns what `save_cell` kept beside a cell, in the structure of `like`."""
     import jax
 
-    with np.load(path.with_suffix(".npz")) as kept:
+    try:
+        kept = np.load(path.with_suffix(".npz"))
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"what was learned up to {path} cannot be read ({error}): delete {path}") from error
+    with kept:
         return jax.tree.unflatten(jax.tree.structure(like), [kept[name] for name in kept.files])
 
 

@@ -66,8 +66,8 @@ def as_kernel(value: jax.Array | Kernel) -> Kernel:
 def _one_row(x: jax.Array, w: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
     """Returns x [..., I] times w [I, O] for a single row x, as the sum of two half products.
 
-    A decode step of batch one is bound by the reading of w. XLA's CPU backend runs a vector-matrix product on one
-    thread; a product with a batch axis goes to its multi-threaded library.
+    A decode step of batch one is bound by the reading of w. XLA's CPU backend hands a product with a batch
+    axis to another implementation than a vector-matrix product, and that one reads faster.
     """
     halves = jnp.einsum(
         "hi,hio->ho", x.reshape(2, -1), w.reshape(2, -1, w.shape[1]), precision=PRECISION, preferred_element_type=dtype

@@ -7,6 +7,7 @@ has yet to see (`DraftStream.behind`).
 Axis letters: B batch, T rows of a level, R rows of the tree below row 0, W tree rows, V vocabulary, C children per row.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -21,6 +22,23 @@ from models.attention import TreeRows, tree_attend
 from models.cache import KVCache, commit
 from models.decoder import Decoder, next_positions
 from models.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftOptions:
+    """What every method with a draft model can be told: the model, and a temperature of its own.
+
+    The model must be given. Without a temperature (None) drafts are drawn at the row's, and by rank in greedy rows.
+    """
+
+    draft: Decoder | None = None
+    draft_temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.draft_temperature is not None and not self.draft_temperature > 0:
+            raise InputError(
+                f"draft_temperature must be above 0, or None for the row's own; got {self.draft_temperature}"
+            )
 
 
 @struct.dataclass
@@ -104,7 +122,7 @@ def keep(stream: DraftStream, verified: Verified, tokens: jax.Array, read: jax.A
         stream: as `read_rows` left it.
         verified: the path, in the draft's own numbering of rows.
         tokens: i32[B, A], the accepted tokens (`Verified.tokens`).
-        read: rows 1..read-1 stand in the cache, in order, behind its length.
+        read: one number, or i32[B]; rows 1..read-1 stand in the cache, in order, behind its length.
     """
     accepted = verified.count - 1
     rows = verified.rows[:, 1:]

@@ -22,7 +22,6 @@ class Round:
 
     Attributes:
         last: i32[B], the newest token, row 0 of the tree.
-        lengths: i32[B], new tokens so far.
         keys: one random key per row, for this step and the drafter alone.
         call: what the user set for this call.
         seen: bool[B, V], tokens that occur in prompt or output.
@@ -30,7 +29,6 @@ class Round:
     """
 
     last: jax.Array
-    lengths: jax.Array
     keys: jax.Array
     call: Call
     seen: jax.Array
@@ -62,11 +60,11 @@ class Drafter(NamedTuple):
         width: W.
         most: A, one more than the deepest row's depth.
         mode: how its trees are verified when a row samples (greedy rows need none): see `verify`.
-        init: (params, prompts, slots, call) -> draft state; `params` is all that the user passed, `slots` the size of
-            the target's cache.
+        init: (params, prompts, slots, call) -> draft state; `params` is all that the user passed, `prompts` what the
+            drafter is to read, `slots` the cache that a draft model needs for it.
         propose: (draft_params, state, round) -> (tree, state, drafted i32[B], draft calls i32[B]).
         observe: (draft_params, state, seen) -> state.
-        cold: () -> the state that stays warm between calls, as it is at first; None where nothing stays.
+        cold: () -> the state that stays warm between calls, as it is at first; gives None where nothing stays.
         warm: state -> its part that stays warm.
     """
 
@@ -76,5 +74,5 @@ class Drafter(NamedTuple):
     init: Callable[[Any, Prompts, int, Call], Any]
     propose: Callable[[Any, Any, Round], tuple[TokenTree, Any, jax.Array, jax.Array]]
     observe: Callable[[Any, Any, Seen], Any]
-    cold: Callable[[], Any] | None = None
-    warm: Callable[[Any], Any] | None = None
+    cold: Callable[[], Any] = lambda: None
+    warm: Callable[[Any], Any] = lambda state: None

@@ -25,6 +25,7 @@ from flax import struct
 from decoding.method import Call, Method, Steps
 from decoding.prefill import Prompts
 from decoding.speculative.draft_model import (
+    DraftOptions,
     DraftStream,
     by_rank,
     check_draft,
@@ -37,33 +38,30 @@ from decoding.speculative.draft_model import (
 )
 from decoding.speculative.drafter import Drafter, Round, Seen
 from decoding.speculative.loop import make_speculative
-from decoding.speculative.rsd import check_temperature, grown
-from decoding.speculative.tree import TokenTree
+from decoding.speculative.tree import TokenTree, grown
 from models.decoder import Decoder
 from models.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class DySpecOptions:
-    """The draft model, rows of the tree without the newest token, rows and levels that the draft reads for it, children
-    per row at most, the exponent of the estimate, and the draft's temperature where it is not the row's own.
+class DySpecOptions(DraftOptions):
+    """Rows of the tree without the newest token, rows and levels that the draft reads for it, children per row at most,
+    and the exponent of the estimate.
     """
 
-    draft: Decoder | None = None
     budget: int = 8
     frontier: int = 4
     depth: int = 5
     children: int = 4
     exponent: float = 1.0
-    draft_temperature: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("budget", "frontier", "depth", "children"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.exponent > 0:
             raise InputError(f"exponent must be above 0, got {self.exponent}")
-        check_temperature(self.draft_temperature)
 
 
 @struct.dataclass

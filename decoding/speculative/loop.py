@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from decoding.method import Call, Steps, WithDraft, target_params
-from decoding.prefill import Prompts
+from decoding.prefill import Prompts, prompt_tokens
 from decoding.sampling import step_keys
 from decoding.speculative.drafter import Drafter, Round, Seen
 from decoding.speculative.target import Target
@@ -38,26 +38,24 @@ def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, .
     """Returns the steps of a method that drafts with `drafter` and verifies with `model`."""
 
     def init(params: Any, prompts: Prompts, cache: KVCache, call: Call) -> SpeculativeCarry:
-        batch, width = prompts.tokens.shape
-        real = jnp.arange(width)[None, :] < prompts.lengths[:, None]
-        seen = jnp.zeros((batch, model.config.vocab_size), bool)
-        seen = seen.at[jnp.arange(batch)[:, None], prompts.tokens].max(real)
-        return SpeculativeCarry(drafter.init(params, prompts, cache.num_slots, call), call, seen)
+        read = prompts if call.draft_prompts is None else call.draft_prompts
+        slots = cache.num_slots - prompts.tokens.shape[1] + read.tokens.shape[1]
+        seen = prompt_tokens(prompts, model.config.vocab_size)
+        return SpeculativeCarry(drafter.init(params, read, slots, call), call, seen)
 
     def step(params: Any, state: DecodeState) -> DecodeState:
         carry = state.carry
         keys = step_keys(carry.call.keys, state.lengths)
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _DRAFT)
-        round_ = Round(state.last, state.lengths, keys, carry.call, carry.seen, state.done)
+        round_ = Round(state.last, keys, carry.call, carry.seen, state.done)
         tree, draft, drafted, draft_calls = drafter.propose(_draft_params(params), carry.draft, round_)
-        rows = TreeRows(tree.ancestors, tree.depth)
         output = model.apply(
             {"params": target_params(params)},
             tree.tokens,
             positions=state.cache.length[:, None] + tree.depth,
             cache=state.cache,
             attend=tree_attend,
-            ctx=rows,
+            ctx=TreeRows(tree.ancestors, tree.depth),
         )
         target = Target(output.logits, carry.call.sampling, carry.seen, carry.call.keys, state.lengths)
         verified = verify(drafter.mode, tree, target, drafter.most)
@@ -75,9 +73,7 @@ def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, .
         cache = commit(output.cache, verified.rows, verified.count * active)
         return after.replace(cache=cache, stats=stats, carry=carry.replace(draft=draft, seen=seen))
 
-    cold = drafter.cold or (lambda: None)
-    warm = (lambda carry: drafter.warm(carry.draft)) if drafter.warm else (lambda carry: None)
-    return Steps(init, step, drafter.width, drafter.most, cold, warm)
+    return Steps(init, step, drafter.width, drafter.most, drafter.cold, lambda carry: drafter.warm(carry.draft))
 
 
 def _draft_params(params: Any) -> Any:

@@ -2,7 +2,7 @@
 
 Source: "Recursive Speculative Decoding: Accelerating LLM Inference via Sampling Without Replacement" (2402.14160).
 RSD-C gives every row of a level the same number of children (Gumbel top-k). RSD-S is a stochastic beam search
-(1903.06059): `width` rows per level, the best of all children of the level above by a perturbed log-probability that is
+(1903.06059): `beams` rows per level, the best of all children of the level above by a perturbed log-probability that is
 conditioned on the parent's own, so that a row's children are still a draw without replacement.
 
 Where a row is greedy and the draft has no temperature of its own, both take the likeliest children and draw nothing:
@@ -21,6 +21,7 @@ from decoding.method import Call, Method, Steps
 from decoding.prefill import Prompts
 from decoding.sampling import top_tokens
 from decoding.speculative.draft_model import (
+    DraftOptions,
     DraftStream,
     by_rank,
     check_draft,
@@ -34,43 +35,33 @@ from decoding.speculative.draft_model import (
 )
 from decoding.speculative.drafter import Drafter, Round, Seen
 from decoding.speculative.loop import make_speculative
-from decoding.speculative.tree import TokenTree, branching
+from decoding.speculative.tree import TokenTree, branching, grown
 from models.decoder import Decoder
 from models.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class RSDCOptions:
-    """The draft model, children per row at each depth, and the draft's temperature where it is not the row's own."""
+class RSDCOptions(DraftOptions):
+    """Children per row at each depth."""
 
-    draft: Decoder | None = None
     children: tuple[int, ...] = (2, 2, 1)
-    draft_temperature: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "children", tuple(self.children))
-        check_temperature(self.draft_temperature)
 
 
 @dataclasses.dataclass(frozen=True)
-class RSDSOptions:
-    """The draft model, beams, their depth, and the draft's temperature where it is not the row's own."""
+class RSDSOptions(DraftOptions):
+    """Beams (rows per level), and their depth."""
 
-    draft: Decoder | None = None
     beams: int = 3
     depth: int = 3
-    draft_temperature: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.beams < 1 or self.depth < 1:
             raise InputError(f"beams and depth must be at least 1, got {self.beams} and {self.depth}")
-        check_temperature(self.draft_temperature)
-
-
-def check_temperature(temperature: float | None) -> None:
-    """Raises InputError for a draft temperature that is not above 0."""
-    if temperature is not None and not temperature > 0:
-        raise InputError(f"draft_temperature must be above 0, or None for the row's own; got {temperature}")
 
 
 def make_rsd_c(model: Decoder, options: RSDCOptions, stop_tokens: tuple[int, ...]) -> Steps:
@@ -103,7 +94,7 @@ def make_rsd_c(model: Decoder, options: RSDCOptions, stop_tokens: tuple[int, ...
         drafted = live.sum(axis=1, dtype=jnp.int32) - 1
         return tree, stream, drafted, jnp.full_like(drafted, template.max_depth)
 
-    return _make(model, draft, stop_tokens, template.width, template.max_depth, template.levels[-1][0], propose)
+    return _make(model, draft, stop_tokens, template.width, template.max_depth, template.parents, propose)
 
 
 def make_rsd_s(model: Decoder, options: RSDSOptions, stop_tokens: tuple[int, ...]) -> Steps:
@@ -167,15 +158,6 @@ def next_beams(
     chosen = top_tokens(flat, beams)
     phi, value = (jnp.take_along_axis(x.reshape(len(x), -1), chosen, axis=1) for x in (phi, value))
     return chosen // law.shape[-1], chosen % law.shape[-1], phi, value
-
-
-def grown(ancestors: jax.Array, parent: jax.Array) -> jax.Array:
-    """Returns bool[B, W + T, W + T]: the ancestors bool[B, W, W] with T rows more, whose parents are i32[B, T]."""
-    width, added = ancestors.shape[1], parent.shape[1]
-    above = jnp.take_along_axis(ancestors, parent[..., None], axis=1)
-    own = jnp.broadcast_to(jnp.eye(added, dtype=bool)[None], (len(parent), added, added))
-    upper = jnp.pad(ancestors, ((0, 0), (0, 0), (0, added)))
-    return jnp.concatenate([upper, jnp.concatenate([above[..., :width], own], axis=2)], axis=1)
 
 
 def _check_siblings(count: int, model: Decoder) -> None:

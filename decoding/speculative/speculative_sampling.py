@@ -15,6 +15,7 @@ from decoding.method import Call, Method, Steps
 from decoding.prefill import Prompts
 from decoding.sampling import draw, likeliest
 from decoding.speculative.draft_model import (
+    DraftOptions,
     DraftStream,
     by_rank,
     check_draft,
@@ -32,18 +33,15 @@ from models.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class SpeculativeSamplingOptions:
-    """The draft model, tokens drafted per step, and the draft's temperature where it is not the row's own."""
+class SpeculativeSamplingOptions(DraftOptions):
+    """Tokens drafted per step."""
 
-    draft: Decoder | None = None
     length: int = 4
-    draft_temperature: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.length < 1:
             raise InputError(f"length must be at least 1, got {self.length}")
-        if self.draft_temperature is not None and not self.draft_temperature > 0:
-            raise InputError(f"draft_temperature must be above 0 or None, got {self.draft_temperature}")
 
 
 def make_speculative_sampling(
@@ -79,7 +77,7 @@ def make_speculative_sampling(
         return template.tree(tokens, laws), stream.replace(cache=cache.replace(length=root)), drafted, drafted
 
     def observe(params: Any, stream: DraftStream, seen: Seen) -> DraftStream:
-        return keep(stream, seen.verified, seen.verified.tokens, options.length)
+        return keep(stream, seen.verified, seen.verified.tokens, template.parents)
 
     drafter = Drafter(template.width, options.length + 1, "rrs_wor", init, propose, observe)
     return make_speculative(model, drafter, stop_tokens)

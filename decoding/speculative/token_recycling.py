@@ -114,7 +114,7 @@ def make_token_recycling(model: Decoder, options: TokenRecyclingOptions, stop_to
 
     def propose(params: Any, table: jax.Array, round_: Round) -> tuple[TokenTree, jax.Array, jax.Array, jax.Array]:
         tree = template.tree(fill(template, table, round_.last))
-        zero = jnp.zeros_like(round_.lengths)
+        zero = jnp.zeros_like(round_.last)
         return tree, table, zero + (template.width - 1), zero
 
     def observe(params: Any, table: jax.Array, seen: Seen) -> jax.Array:

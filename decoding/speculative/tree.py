@@ -3,7 +3,7 @@
 Row 0 is the newest token of the text, which no cache holds yet; every other row is a guess that follows its parent.
 Rows stand breadth first, siblings in the order in which they were drawn.
 
-Axis letters: B batch, W rows, P rows that may have children, V vocabulary.
+Axis letters: B batch, W rows, T rows of a new level, P rows that may have children, V vocabulary.
 """
 
 import dataclasses
@@ -131,3 +131,12 @@ def branching(children: Sequence[int]) -> Template:
 def chain(length: int) -> Template:
     """Returns the tree that is a chain of `length` guesses."""
     return branching((1,) * length)
+
+
+def grown(ancestors: jax.Array, parent: jax.Array) -> jax.Array:
+    """Returns bool[B, W + T, W + T]: the ancestors bool[B, W, W] with T rows more, whose parents are i32[B, T]."""
+    width, added = ancestors.shape[1], parent.shape[1]
+    above = jnp.take_along_axis(ancestors, parent[..., None], axis=1)
+    own = jnp.broadcast_to(jnp.eye(added, dtype=bool)[None], (len(parent), added, added))
+    upper = jnp.pad(ancestors, ((0, 0), (0, 0), (0, added)))
+    return jnp.concatenate([upper, jnp.concatenate([above[..., :width], own], axis=2)], axis=1)

@@ -10,12 +10,15 @@ draft was, if the mode fits the way in which siblings were chosen:
     traversal  drawn without replacement, verified from the leaves up (2505.12398; on a chain: block verification,
                2403.10444)
 
+A function in place of a mode is a lossy method's own rule, for greedy rows too.
+
 On a chain, rrs_wor and rrs_iid are speculative sampling (2211.17192, 2302.01318).
 
 Axis letters: B batch, W tree rows, P rows with laws, A kept rows at most, V vocabulary.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -26,7 +29,8 @@ from decoding.speculative.target import Target, Verified, kept, normalised
 from decoding.speculative.traversal import traversal
 from decoding.speculative.tree import TokenTree
 
-Mode = Literal["node", "rrs_wor", "rrs_iid", "point", "traversal"]
+Rule = Callable[[TokenTree, Target, int], Verified]
+Mode = Literal["node", "rrs_wor", "rrs_iid", "point", "traversal"] | Rule
 
 
 def verify(mode: Mode, tree: TokenTree, target: Target, most: int) -> Verified:
@@ -38,6 +42,8 @@ def verify(mode: Mode, tree: TokenTree, target: Target, most: int) -> Verified:
         target: the target's logits and settings.
         most: A, one more than the deepest row's depth.
     """
+    if callable(mode):
+        return mode(tree, target, most)
     batch, width = tree.tokens.shape
     tree = tree.replace(parent=jnp.broadcast_to(tree.parent, (batch, width)))
     plain = jnp.all(target.sampling.temperature == 0) & jnp.all(target.sampling.repetition_penalty == 1)

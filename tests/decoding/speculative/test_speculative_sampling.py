@@ -43,6 +43,29 @@ def test_stop_tokens_inside_an_accepted_chain(tiny):
     assert texts(output) == [text[:n] for text, n in zip(expected, limit, strict=True)]
 
 
+def test_a_draft_can_read_a_prompt_of_its_own(tiny):
+    """The text is the target's; drafts get worse where the draft reads less, and not where it reads the same."""
+    model, params = tiny
+    fn = make_decode_fn(model, "speculative_sampling", max_new_tokens=ROOM, draft=model, length=3)
+    both, plain = WithDraft(params, params), greedy_texts(model, params, PROMPTS, ROOM)
+    same = fn(both, PROMPTS, draft_prompts=PROMPTS)
+    assert texts(same) == plain and (np.asarray(same.stats.steps) == ROOM // 4).all()
+    for other in ([prompt[-1:] for prompt in PROMPTS], [[1] * 40 + prompt for prompt in PROMPTS]):
+        output = fn(both, PROMPTS, draft_prompts=other)
+        assert texts(output) == plain
+        assert np.asarray(output.stats.steps).sum() > np.asarray(same.stats.steps).sum()
+
+
+def test_draft_prompts_that_cannot_be(tiny):
+    model, params = tiny
+    fn = make_decode_fn(model, "speculative_sampling", max_new_tokens=4, draft=model)
+    for prompts, message in (([[1]], "must be 2"), ([[1], []], "prompt 1 is empty"), ([[1] * 4000] * 2, "context is")):
+        with pytest.raises(InputError, match=message):
+            fn(WithDraft(params, params), [[1], [2]], draft_prompts=prompts)
+    with pytest.raises(InputError, match="has no draft model"):
+        make_decode_fn(model, "greedy", max_new_tokens=4)(params, [[1]], draft_prompts=[[1]])
+
+
 def test_options_that_cannot_be(tiny):
     for options, message in (({"length": 0}, "length must be"), ({"draft_temperature": -1.0}, "draft_temperature")):
         with pytest.raises(InputError, match=message):
