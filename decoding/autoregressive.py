@@ -40,6 +40,14 @@ def target_step(model: Decoder, params: Any, state: DecodeState) -> tuple[jax.Ar
     return output.logits[:, 0], state.replace(cache=cache)
 
 
+def choose(logits: jax.Array, carry: SampleCarry, lengths: jax.Array) -> tuple[jax.Array, SampleCarry]:
+    """Returns the next token, i32[B], of logits f32[B, V], and the carry with it; `lengths` i32[B] are new tokens."""
+    logits = process_logits(logits, carry.sampling, carry.seen)
+    drawn = draw(logits, step_keys(carry.keys, lengths))
+    token = jnp.where(carry.sampling.temperature > 0, drawn, likeliest(logits))
+    return token, carry.replace(seen=carry.seen.at[jnp.arange(token.shape[0]), token].set(True))
+
+
 def make_greedy(model: Decoder, options: NoOptions, stop_tokens: tuple[int, ...]) -> Steps:
     """Greedy decoding: always the most likely token (the first one on a tie)."""
 
@@ -62,13 +70,8 @@ def make_sample(model: Decoder, options: NoOptions, stop_tokens: tuple[int, ...]
 
     def step(params: Any, state: DecodeState) -> DecodeState:
         logits, state = target_step(model, params, state)
-        carry = state.carry
-        logits = process_logits(logits, carry.sampling, carry.seen)
-        drawn = draw(logits, step_keys(carry.keys, state.lengths))
-        token = jnp.where(carry.sampling.temperature > 0, drawn, likeliest(logits))
-        seen = carry.seen.at[jnp.arange(token.shape[0]), token].set(True)
-        state = state.replace(carry=carry.replace(seen=seen))
-        return emit(state, token[:, None], jnp.ones_like(token), stop_tokens)
+        token, carry = choose(logits, state.carry, state.lengths)
+        return emit(state.replace(carry=carry), token[:, None], jnp.ones_like(token), stop_tokens)
 
     return Steps(init, step)
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from decoding import autoregressive
 from decoding.arguments import read_keys, read_limit, read_sampling, whole_number
+from decoding.entropy_adaptive import ENTROPY_ADAPTIVE
 from decoding.method import Call, Method, Steps, WithDraft, target_params
 from decoding.prefill import Prompts, pad_prompts, prefill
 from decoding.speculative.dyspec import DYSPEC
@@ -32,6 +33,7 @@ METHODS: dict[str, Method] = {
     "greedy": autoregressive.GREEDY,
     "sample": autoregressive.SAMPLE,
     "dyspec": DYSPEC,
+    "entropy_adaptive": ENTROPY_ADAPTIVE,
     "prompt_lookup": PROMPT_LOOKUP,
     "rsd_c": RSD_C,
     "rsd_s": RSD_S,
@@ -193,7 +195,7 @@ class DecodeFn:
         """Checks a call's arguments (see `__call__`) and returns them as the arrays that `decode` and `start` take."""
         padded = pad_prompts(prompts, self.plan.model.config.vocab_size)
         batch = len(padded.lengths)
-        capacity = self._capacity(int(padded.lengths.max()), padded.tokens.shape[1])
+        capacity = self._capacity(int(padded.lengths.max()), padded.tokens.shape[1], draft_prompts is None)
         limit = read_limit(self.plan.room if max_new_tokens is None else max_new_tokens, batch, self.plan.room)
         # The newest token never enters the cache, so one more token fits than there are slots left.
         free = capacity - padded.lengths + 1
@@ -239,9 +241,14 @@ class DecodeFn:
             )
         return warm
 
-    def _capacity(self, longest: int, bucket: int) -> int:
-        """Returns how many tokens a row may hold; raises InputError when the longest prompt is longer."""
+    def _capacity(self, longest: int, bucket: int, own: bool) -> int:
+        """Returns how many tokens a row may hold; raises InputError when the longest prompt is longer.
+
+        `own` says that a draft model reads the prompts themselves.
+        """
         slots, context = self.plan.cache_slots, self.plan.model.config.max_length
+        if METHODS[self.plan.method].drafts and own:
+            context = min(context, self.plan.options.draft.config.max_length)
         spare = self.plan.steps().rows - 1  # a step writes its other rows behind the last token that may enter
         if slots is not None and longest > slots - spare:
             needed = f", of which a step of method {self.plan.method!r} needs {spare} to spare" if spare else ""

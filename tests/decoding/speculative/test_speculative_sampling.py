@@ -1,11 +1,14 @@
 """A chain from a draft model: what it costs, what is accepted, and what the draft's cache holds."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from decoding import WithDraft, make_decode_fn
+from models.decoder import Decoder
 from models.errors import InputError
 from tests.support.decode_reference import PROMPTS, ROOM, greedy_texts, texts
 
@@ -64,6 +67,14 @@ def test_draft_prompts_that_cannot_be(tiny):
             fn(WithDraft(params, params), [[1], [2]], draft_prompts=prompts)
     with pytest.raises(InputError, match="has no draft model"):
         make_decode_fn(model, "greedy", max_new_tokens=4)(params, [[1]], draft_prompts=[[1]])
+
+
+def test_a_draft_with_a_shorter_context_ends_the_text(tiny):
+    model, params = tiny
+    draft = Decoder(dataclasses.replace(model.config, max_length=20))
+    fn = make_decode_fn(model, "speculative_sampling", max_new_tokens=8, draft=draft)
+    assert fn(WithDraft(params, params), [[1] * 15]).lengths.tolist() == [20 - 15 + 1]
+    assert fn(WithDraft(params, params), [[1] * 15], draft_prompts=[[1]]).lengths.tolist() == [8]
 
 
 def test_options_that_cannot_be(tiny):
