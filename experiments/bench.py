@@ -19,6 +19,7 @@ from typing import Any
 
 from experiments.config import load_config
 from experiments.runtime import run_main, setup_runtime
+from experiments.timed import TimedDecode
 from models.errors import InputError
 
 
@@ -74,29 +75,23 @@ class Ours:
         """Compiles for every bucket among the prompts."""
         from decoding import make_decode_fn
 
-        self.params = params
         self.decode_fn = make_decode_fn(model, "greedy", max_new_tokens=new_tokens)
         self.inputs = [self.decode_fn.inputs([prompt]) for prompt in prompts]
         if any(call.limit[0] < new_tokens for _, call in self.inputs):
             raise InputError(
                 f"a prompt and {new_tokens} new tokens do not fit the model's context: lower max_new_tokens"
             )
-        by_shape = {item[0].tokens.shape: item for item in self.inputs}
-        self.compiled = {shape: self.decode_fn.compile(params, *item) for shape, item in by_shape.items()}
+        self.timed = TimedDecode(self.decode_fn, params)
+        for item in self.inputs:
+            self.timed.compile(item)
 
     def __call__(self) -> tuple[Timing, list[list[int]]]:
         """Decodes every prompt once."""
-        import jax
-
         prefill = decode = 0.0
         tokens = []
-        for prompts, call in self.inputs:
-            start, advance = self.compiled[prompts.tokens.shape]
-            begin = time.perf_counter()
-            state = jax.block_until_ready(start(self.params, prompts, call))
-            filled = time.perf_counter()
-            state = jax.block_until_ready(advance(self.params, state))
-            prefill, decode = prefill + filled - begin, decode + time.perf_counter() - filled
+        for inputs in self.inputs:
+            state, seconds = self.timed(inputs)
+            prefill, decode = prefill + seconds.prefill, decode + seconds.decode
             tokens.append(state.tokens[0, : int(state.lengths[0])].tolist())
         return Timing(prefill, decode), tokens
 

@@ -8,15 +8,16 @@ prompt and decoding, compilation apart.
 import dataclasses
 import hashlib
 import json
-import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from experiments.generated import is_correct
 from experiments.questions import Question
+from experiments.timed import TimedDecode
 from models.errors import InputError
 
 
@@ -28,6 +29,7 @@ class Cell:
         key: what it was measured on; a cell with another key is measured again.
         tokens: new token ids of every turn.
         steps: decoding steps, all turns together; so are the other counts and seconds.
+        scored: replies that were scored, and `correct` how many of them were right.
     """
 
     key: str
@@ -40,6 +42,8 @@ class Cell:
     histogram: list[int]
     prefill_seconds: float
     decode_seconds: float
+    scored: int = 0
+    correct: int = 0
 
     @property
     def emitted(self) -> int:
@@ -69,19 +73,28 @@ def total(cells: Sequence[Cell]) -> Cell:
     return Cell("", tokens=tokens, histogram=histogram, **{name: added(name) for name in names})
 
 
+@dataclasses.dataclass(frozen=True)
+class Retrieval:
+    """Shortens documents to the parts that the question calls for."""
+
+    tokens: int = 512  # of the document that are left
+    reader: Literal["draft", "both"] = "draft"  # who reads the shortened document
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError("tokens must be at least 1")
+
+
 class Row:
     """A method with its model: measures cells, and hands what stays warm from one to the next."""
 
-    def __init__(self, model: Any, params: Any, tokenizer: Any, method: str, options: dict, sampling: dict, room: int):
-        """Makes the decode function; raises InputError for options that do not fit."""
-        from decoding import make_decode_fn
-
+    def __init__(self, tokenizer: Any, decode_fn: Any, params: Any, sampling: dict, retrieval: Retrieval | None = None):
+        """Takes a decode function and what it is called with; raises InputError for a model without a chat template."""
         if tokenizer is None or tokenizer.chat_template is None:
             raise InputError("the model has no chat template: choose an instruction-tuned model")
-        self.params, self.tokenizer, self.sampling = params, tokenizer, sampling
-        self.decode_fn = make_decode_fn(model, method, max_new_tokens=room, stop_tokens=tokenizer.stop_ids, **options)
+        self.tokenizer, self.decode_fn, self.sampling, self.retrieval = tokenizer, decode_fn, sampling, retrieval
         self.warm: Any = None
-        self._compiled: dict[Any, Any] = {}
+        self.timed = TimedDecode(decode_fn, params)
 
     def take_warm(self, path: Path) -> None:
         """Takes up what was learned at the end of a kept cell."""
@@ -94,36 +107,45 @@ class Row:
         return dataclasses.replace(total(cells), key=key)
 
     def _answer(self, question: Question, seed: int) -> list[Cell]:
-        messages, cells = [], []
-        for turn in question.turns:
-            messages.append({"role": "user", "content": turn})
-            prompt = self.tokenizer.encode_chat(messages)
-            cells.append(self._decode(prompt, seed))
-            messages.append({"role": "assistant", "content": self.tokenizer.decode(cells[-1].tokens[0])})
+        target, draft = self._documents(question)
+        cells, replies = [], []
+        for turn in range(len(question.turns)):
+            turns = question.turns[: turn + 1]
+            call = {} if draft is None else {"draft_prompts": [self._prompt(draft, turns, replies)]}
+            cells.append(self._decode(self._prompt(target, turns, replies), seed, call))
+            replies.append(self.tokenizer.decode(cells[-1].tokens[0]))
+        if question.answer is not None:
+            correct = int(is_correct(replies[-1], question.answer))
+            cells[-1] = dataclasses.replace(cells[-1], scored=1, correct=correct)
         return cells
 
-    def _decode(self, prompt: list[int], seed: int) -> Cell:
-        import jax
+    def _documents(self, question: Question) -> tuple[str, str | None]:
+        """Returns what target and draft model read of the document; None where the draft reads what the target does."""
+        if self.retrieval is None or not question.document:
+            return question.document, None
+        from decoding.speculative.retrieval import shorten
 
-        inputs = self.decode_fn.inputs([prompt], seed, warm=self.warm, **self.sampling)
-        shape = inputs[0].tokens.shape
-        if shape not in self._compiled:
-            self._compiled[shape] = self.decode_fn.compile(self.params, *inputs)
-            start, advance = self._compiled[shape]
-            jax.block_until_ready(advance(self.params, start(self.params, *inputs), 2))  # not timed, not counted
-        start, advance = self._compiled[shape]
-        begin = time.perf_counter()
-        state = jax.block_until_ready(start(self.params, *inputs))
-        filled = time.perf_counter()
-        state = jax.block_until_ready(advance(self.params, state))
-        end = time.perf_counter()
+        short = shorten(question.document, question.turns[0], self.tokenizer, self.retrieval.tokens)
+        return (question.document, short) if self.retrieval.reader == "draft" else (short, None)
+
+    def _prompt(self, document: str, turns: Sequence[str], replies: Sequence[str]) -> list[int]:
+        first = f"{document}\n\n{turns[0]}" if document else turns[0]
+        messages = [{"role": "user", "content": first}]
+        for reply, turn in zip(replies, turns[1:], strict=True):
+            messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": turn}]
+        return self.tokenizer.encode_chat(messages)
+
+    def _decode(self, prompt: list[int], seed: int, call: dict) -> Cell:
+        inputs = self.decode_fn.inputs([prompt], seed, warm=self.warm, **call, **self.sampling)
+        self.timed.warm_up(inputs)
+        state, seconds = self.timed(inputs)
         output = self.decode_fn.output(state)
         self.warm = output.warm
         counts = {name: int(getattr(output.stats, name)[0]) for name in _COUNTS}
         tokens = output.tokens[0, : int(output.lengths[0])].tolist()
         histogram = output.stats.histogram[0].tolist()
         return Cell(
-            "", [tokens], histogram=histogram, prefill_seconds=filled - begin, decode_seconds=end - filled, **counts
+            "", [tokens], histogram=histogram, prefill_seconds=seconds.prefill, decode_seconds=seconds.decode, **counts
         )
 
 

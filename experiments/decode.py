@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from experiments.config import load_config
 from experiments.runtime import run_main, setup_runtime
+from experiments.timed import TimedDecode
 from models.errors import InputError, unknown_name
 
 
@@ -150,7 +151,7 @@ class Runner:
             stop_tokens=self.tokenizer.stop_ids,
             **options,
         )
-        self._compiled: dict[tuple[int, ...], Any] = {}
+        self.timed = TimedDecode(self.decode_fn, self.params)
         self.device = str(jax.devices()[0].device_kind)
 
     def encode(self, prompt: str) -> list[int]:
@@ -161,34 +162,17 @@ class Runner:
 
     def decode(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Record]:
         """Decodes one batch; with `stream` its text is printed as it is made."""
-        import jax
-
-        from decoding.stream import stream_state
-
         settings = {k: v for k, v in dataclasses.asdict(self.config.sampling).items() if v is not None}
         ids = [self.encode(prompt) for prompt in prompts]
         inputs = self.decode_fn.inputs(ids, seeds, **settings)
-        begin = time.perf_counter()
-        shape = inputs[0].tokens.shape
-        new = shape not in self._compiled
-        if new:
-            self._compiled[shape] = self.decode_fn.compile(self.params, *inputs)
-        start, advance = self._compiled[shape]
-        compiled = time.perf_counter()
-        state = jax.block_until_ready(start(self.params, *inputs))
-        filled = time.perf_counter()
-        if self.config.stream:
-            pieces = stream_state(advance, self.params, state, self.tokenizer)
-            state = _print_pieces(pieces)
-        else:
-            state = jax.block_until_ready(advance(self.params, state))
-        seconds = {
-            "load": self.load_seconds,
-            "compile": compiled - begin if new else 0.0,
-            "prefill": filled - compiled,
-            "decode": time.perf_counter() - filled,
-        }
+        state, taken = self.timed(inputs, self._stream if self.config.stream else None)
+        seconds = {"load": self.load_seconds, **taken._asdict()}
         return [self._record(row, prompt, ids[row], state, seconds) for row, prompt in enumerate(prompts)]
+
+    def _stream(self, advance: Callable, params: Any, state: Any) -> Any:
+        from decoding.stream import stream_state
+
+        return _print_pieces(stream_state(advance, params, state, self.tokenizer))
 
     def _record(self, row: int, prompt: str, ids: list[int], state: Any, seconds: dict[str, float]) -> Record:
         tokens = state.tokens[row, : int(state.lengths[row])].tolist()

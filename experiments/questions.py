@@ -20,11 +20,21 @@ TASKS = ("multi-turn", *_TASKS.values())
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question: one of Spec-Bench's six tasks, and the user's turns."""
+    """A question.
+
+    Attributes:
+        id: its name.
+        task: one of Spec-Bench's six tasks, or one of `experiments.generated`.
+        turns: the user's turns.
+        document: what the first turn is about, to be put before it; may be empty.
+        answer: what the last reply must say; None where replies are not scored.
+    """
 
     id: str
     task: str
     turns: tuple[str, ...]
+    document: str = ""
+    answer: str | None = None
 
 
 def read_questions(path: Path, per_task: int | None = None) -> list[Question]:

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.cells import Cell, Row, cell_key, load_cell, save_cell
+from experiments.cells import Cell, Retrieval, Row, cell_key, load_cell, save_cell
 from experiments.config import load_config, save_config
 from experiments.decode import SamplingSettings
+from experiments.generated import generate
 from experiments.questions import Question, read_questions
 from experiments.runtime import run_main, setup_runtime
 from experiments.tables import write_table
@@ -32,17 +33,19 @@ class TableRow:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # the method's own static options
     sampling: SamplingSettings = SamplingSettings()
     draft: bool = False  # drafts with the table's draft model
+    retrieval: Retrieval | None = None  # shortens documents; None: they are read whole
     paper: str = ""  # what the paper reports, in words and figures
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """Something a paper says that the table can answer: the measure of `row` is above that of `than`."""
+    """Something a paper says that the table can answer: the measure of `row` is above `factor` times that of `than`."""
 
     text: str = ""
     row: str = ""
     than: str = "plain"
-    measure: Literal["mat", "speed"] = "mat"
+    measure: Literal["mat", "speedup", "correct", "acceptance", "by_target"] = "mat"
+    factor: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,7 @@ class TableConfig:
     draft: str | None = None  # the model that drafts, for rows that say so
     dtype: Literal["float32", "bfloat16"] | None = None  # None: as stored (GGUF: float32)
     questions: Path = Path("configs/prompts/spec_bench.jsonl")  # in Spec-Bench's format
+    generate: tuple[str, ...] = ()  # tasks that code writes (experiments.generated), in place of the questions' file
     rows: tuple[TableRow, ...] = (TableRow(),)
     claims: tuple[Claim, ...] = ()
     preset: Literal["smoke", "cpu", "gpu"] = "cpu"
@@ -139,7 +143,7 @@ def measure(config: TableConfig, questions: dict[str, list[Question]]) -> dict[t
 
 def _row(config: TableConfig, row: TableRow, models: dict[str, Any]) -> Row:
     """Returns the row's method on the table's model; loads each model once."""
-    from decoding import WithDraft
+    from decoding import WithDraft, make_decode_fn
     from models import load_model
 
     for name in [config.model] + ([config.draft] if row.draft and config.draft else []):
@@ -153,7 +157,11 @@ def _row(config: TableConfig, row: TableRow, models: dict[str, Any]) -> Row:
         options["draft"], draft_params, _ = models[config.draft]
         params = WithDraft(params, draft_params)
     sampling = {name: value for name, value in dataclasses.asdict(row.sampling).items() if value is not None}
-    return Row(model, params, tokenizer, row.method, options, sampling, config.size.max_new_tokens)
+    stops = () if tokenizer is None else tokenizer.stop_ids
+    decode_fn = make_decode_fn(
+        model, row.method, max_new_tokens=config.size.max_new_tokens, stop_tokens=stops, **options
+    )
+    return Row(tokenizer, decode_fn, params, sampling, row.retrieval)
 
 
 @contextmanager
@@ -176,11 +184,15 @@ def locked(folder: Path) -> Iterator[None]:
 
 def read_tasks(config: TableConfig) -> dict[str, list[Question]]:
     """Returns {task: questions} for the tasks of the config."""
-    questions = read_questions(config.questions, config.size.per_task)
+    per_task = config.size.per_task
+    if config.generate:
+        questions = generate(config.generate, per_task, config.seed)
+    else:
+        questions = read_questions(config.questions, per_task)
     tasks = list(dict.fromkeys(question.task for question in questions))
     for task in config.size.tasks:
         if task not in tasks:
-            raise unknown_name(f"task of {config.questions}", task, tasks)
+            raise unknown_name(f"task of {config.table}", task, tasks)
     wanted = config.size.tasks or tasks
     return {task: [q for q in questions if q.task == task] for task in tasks if task in wanted}
 

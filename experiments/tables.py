@@ -15,6 +15,21 @@ if TYPE_CHECKING:
     from experiments.reproduce import TableConfig
 
 ALL = "all"
+SECTIONS = {
+    "mat": "MAT (new tokens per step)",
+    "speedup": "Speed over plain, same run",
+    "correct": "Share of right answers",
+}
+TOTALS = {
+    "tokens_per_second": "tokens/s",
+    "speedup": "speedup",
+    "mat": "MAT",
+    "break_even": "break-even MAT",
+    "acceptance": "accepted of drafted",
+    "by_target": "written by target",
+    "same": "same text",
+    "correct": "right answers",
+}
 Cells = Mapping[tuple[str, str], Cell]
 
 
@@ -37,7 +52,8 @@ def measures_of(cell: Cell, plain: Cell) -> dict[str, float]:
 
     mat is new tokens per step. speedup compares tokens per second of prompt and decoding with plain decoding's.
     break_even is a step's time over a plain step's: what MAT must exceed for decoding to be faster than plain. same is
-    the share of turns whose token ids equal plain decoding's.
+    the share of turns whose token ids equal plain decoding's. by_target is the share of new tokens that the target
+    itself wrote, correct the share of right replies, where replies are scored.
     """
     same = sum(ours == theirs for ours, theirs in zip(cell.tokens, plain.tokens, strict=True))
     return {
@@ -47,6 +63,8 @@ def measures_of(cell: Cell, plain: Cell) -> dict[str, float]:
         "break_even": (cell.decode_seconds / cell.steps) / (plain.decode_seconds / plain.steps),
         "same": same / len(plain.tokens),
         "acceptance": cell.accepted / cell.drafted if cell.drafted else 0.0,
+        "by_target": (cell.emitted - cell.accepted) / cell.emitted,
+        **({"correct": cell.correct / cell.scored} if cell.scored else {}),
         "target_calls": cell.target_calls,
         "draft_calls": cell.draft_calls,
         "new_tokens": cell.emitted,
@@ -57,23 +75,21 @@ def markdown(config: "TableConfig", measures: Mapping[tuple[str, str], Mapping[s
     """Returns the table's page."""
     columns = [*questions, ALL]
     lines = [f"# {config.title or config.table}", "", _setting(config, questions), "", machine(), ""]
-    for measure, title in (("mat", "MAT (new tokens per step)"), ("speedup", "Speed over plain, same run")):
+    known = measures["plain", ALL]
+    for measure, title in SECTIONS.items():
+        if len({measures[row.name, ALL].get(measure) for row in config.rows}) == 1 < len(config.rows):
+            continue  # it tells no row from another
         lines += [f"## {title}", ""]
         lines += [f"| row | {' | '.join(columns)} | paper |", f"|{' --- |' * (len(columns) + 2)}"]
         for row in config.rows:
             figures = [f"{measures[row.name, column][measure]:.2f}" for column in columns]
             lines.append(f"| {row.name} | {' | '.join(figures)} | {row.paper} |")
         lines.append("")
-    lines += [
-        "## All tasks",
-        "",
-        "| row | tokens/s | speedup | MAT | break-even MAT | accepted of drafted | same text |",
-    ]
-    lines.append(f"|{' --- |' * 7}")
+    shown = {measure: title for measure, title in TOTALS.items() if measure in known}
+    lines += ["## All tasks", "", f"| row | {' | '.join(shown.values())} |", f"|{' --- |' * (len(shown) + 1)}"]
     for row in config.rows:
-        m = measures[row.name, ALL]
-        figures = [f"{m[name]:.2f}" for name in ("speedup", "mat", "break_even", "acceptance", "same")]
-        lines.append(f"| {row.name} | {m['tokens_per_second']:.1f} | {' | '.join(figures)} |")
+        figures = [f"{measures[row.name, ALL][measure]:.2f}" for measure in shown]
+        lines.append(f"| {row.name} | {' | '.join(figures)} |")
     lines += ["", "Break-even MAT is a step's time over a plain step's: decoding is faster than plain above it.", ""]
     lines += [_answer(claim, measures) for claim in config.claims]
     return "\n".join(lines).rstrip() + "\n"
@@ -81,9 +97,10 @@ def markdown(config: "TableConfig", measures: Mapping[tuple[str, str], Mapping[s
 
 def _setting(config: "TableConfig", questions: Mapping[str, Sequence[Question]]) -> str:
     count = sum(len(asked) for asked in questions.values())
+    source = "written by code" if config.generate else f"of {config.questions.name}"
     draft = f", drafts by {config.draft}" if config.draft else ""
     return (
-        f"{config.model}{draft}; preset {config.preset}: {count} questions of {config.questions.name} "
+        f"{config.model}{draft}; preset {config.preset}: {count} questions {source} "
         f"({config.size.per_task} per task), {config.size.max_new_tokens} new tokens per turn, batch 1."
     )
 
@@ -101,10 +118,12 @@ def machine() -> str:
 
 
 def _answer(claim: Any, measures: Mapping[tuple[str, str], Mapping[str, float]]) -> str:
-    name = "mat" if claim.measure == "mat" else "speedup"
-    ours, theirs = measures[claim.row, ALL][name], measures[claim.than, ALL][name]
-    verdict = "reproduced" if ours > theirs else "not reproduced"
-    return f"- {claim.text}: **{verdict}** here ({claim.row} {ours:.2f}, {claim.than} {theirs:.2f})."
+    if claim.measure not in measures[claim.row, ALL]:
+        return f"- {claim.text}: **not measured** here."
+    ours, theirs = measures[claim.row, ALL][claim.measure], measures[claim.than, ALL][claim.measure]
+    verdict = "reproduced" if ours > claim.factor * theirs else "not reproduced"
+    bound = "" if claim.factor == 1 else f", to be above {claim.factor:g} times it"
+    return f"- {claim.text}: **{verdict}** here ({claim.row} {ours:.2f}, {claim.than} {theirs:.2f}{bound})."
 
 
 def _plot(config: "TableConfig", measures: Mapping[tuple[str, str], Mapping[str, float]], path: Path) -> None:

@@ -1,0 +1,85 @@
+"""Questions that code writes, with answers that are scored exactly: multi-step arithmetic, text and list operations.
+
+Numbers and words are drawn anew for every question from a seed, so that no file of them is needed.
+"""
+
+import dataclasses
+import random
+import re
+from collections.abc import Callable, Sequence
+
+from experiments.questions import Question
+from models.errors import unknown_name
+
+_NAMES = ("Ada", "Ben", "Carla", "David", "Emma", "Felix", "Greta", "Hugo", "Ines", "Jonas")
+_THINGS = ("pencils", "marbles", "stamps", "cookies", "shells", "coins", "cards", "buttons", "apples", "beads")
+_WORDS = ("river", "stone", "candle", "garden", "window", "basket", "copper", "meadow", "silver", "lantern", "harbor")
+_END = "End your reply with a line `Answer: ` and the answer."
+
+
+def arithmetic(rng: random.Random) -> Question:
+    """A story in four steps whose answer is a whole number."""
+    name, thing = rng.choice(_NAMES), rng.choice(_THINGS)
+    start, more, boxes, size = rng.randint(12, 60), rng.randint(5, 40), rng.randint(2, 9), rng.randint(3, 12)
+    away = rng.randint(2, start + more + boxes * size - 1)
+    text = (
+        f"{name} has {start} {thing} and finds {more} more. Then {name} buys {boxes} boxes with {size} {thing} in "
+        f"each, and gives away {away} {thing}. How many {thing} does {name} have now? Think step by step. {_END}"
+    )
+    return Question("", "arithmetic", (text,), answer=str(start + more + boxes * size - away))
+
+
+def lists(rng: random.Random) -> Question:
+    """What a short Python expression over a list of numbers gives."""
+    numbers = rng.sample(range(2, 40), rng.randint(5, 7))
+    limit = sorted(numbers)[len(numbers) // 2]
+    code, value = rng.choice(
+        [
+            (f"sum(x for x in a if x > {limit})", sum(x for x in numbers if x > limit)),
+            (f"len([x for x in a if x < {limit}])", len([x for x in numbers if x < limit])),
+            ("sorted(a)[2]", sorted(numbers)[2]),
+            ("max(a) - min(a)", max(numbers) - min(numbers)),
+            ("sum(a[::2])", sum(numbers[::2])),
+        ]
+    )
+    return Question(
+        "", "lists", (f"In Python, a = {numbers}. What is the value of `{code}`? {_END}",), answer=str(value)
+    )
+
+
+def words(rng: random.Random) -> Question:
+    """An operation on a few words whose answer is one word."""
+    chosen = rng.sample(_WORDS, 5)
+    listed = ", ".join(chosen)
+    text, answer = rng.choice(
+        [
+            (f"Which of these words comes first in alphabetical order: {listed}?", min(chosen)),
+            (f"Which of these words comes last in alphabetical order: {listed}?", max(chosen)),
+            (f"Here is a list: {listed}. Which word comes right after {chosen[2]}?", chosen[3]),
+            (f"Write the word {chosen[0]} backwards.", chosen[0][::-1]),
+        ]
+    )
+    return Question("", "words", (f"{text} {_END}",), answer=answer)
+
+
+GENERATED: dict[str, Callable[[random.Random], Question]] = {"arithmetic": arithmetic, "lists": lists, "words": words}
+
+
+def generate(tasks: Sequence[str], per_task: int, seed: int = 0) -> list[Question]:
+    """Returns `per_task` questions of each task; the first n are the same however many are asked for.
+
+    Raises:
+        InputError: an unknown task.
+    """
+    for task in tasks:
+        if task not in GENERATED:
+            raise unknown_name("generated task", task, GENERATED)
+    names = [(task, f"{task}-{seed}-{index}") for task in tasks for index in range(per_task)]
+    return [dataclasses.replace(GENERATED[task](random.Random(name)), id=name) for task, name in names]
+
+
+def is_correct(reply: str, answer: str) -> bool:
+    """Returns whether the answer stands, as a word, in a reply: behind its last "Answer:", or else in its last line."""
+    marked = re.split(r"answer:", reply, flags=re.IGNORECASE)
+    tail = marked[-1] if len(marked) > 1 else (reply.strip().splitlines() or [""])[-1]
+    return re.search(rf"(?<![\w.-]){re.escape(answer)}(?![\w-]|\.\d)", tail, flags=re.IGNORECASE) is not None

@@ -1,0 +1,64 @@
+"""Questions written by code: the same ones for the same seed, answers that are right, and how replies are scored."""
+
+import re
+
+import pytest
+
+from experiments.generated import GENERATED, generate, is_correct
+from models.errors import InputError
+
+
+def test_questions_come_from_the_seed_alone():
+    few, many = generate(tuple(GENERATED), 3, seed=1), generate(tuple(GENERATED), 5, seed=1)
+    assert [q for q in many if int(q.id.rsplit("-", 1)[1]) < 3] == few
+    assert len({q.turns for q in many}) == len(many) and len({q.id for q in many}) == len(many)
+    assert not {q.turns for q in generate(tuple(GENERATED), 3, seed=2)} & {q.turns for q in few}
+    assert {q.task for q in few} == set(GENERATED)
+
+
+def test_arithmetic_answers_are_right():
+    for question in generate(("arithmetic",), 50):
+        start, more, boxes, size, away = map(int, re.findall(r"\d+", question.turns[0]))
+        assert int(question.answer) == start + more + boxes * size - away > 0
+
+
+def test_list_answers_are_what_python_gives():
+    for question in generate(("lists",), 50):
+        numbers, code = re.search(r"a = (\[.*?\])\. What is the value of `(.*?)`", question.turns[0]).groups()
+        assert question.answer == str(eval(code, {"a": eval(numbers)}))
+
+
+def test_word_answers_are_right():
+    for question in generate(("words",), 50):
+        text = question.turns[0].split(" End your reply")[0]
+        if "backwards" in text:
+            assert question.answer[::-1] in text
+            continue
+        words = re.search(r": ((?:\w+, )+\w+)", text).group(1).split(", ")
+        found = {"first": min(words), "last": max(words)}
+        after = re.search(r"after (\w+)", text)
+        assert question.answer == (words[words.index(after[1]) + 1] if after else found[text.split()[5]])
+
+
+@pytest.mark.parametrize(
+    ("reply", "right"),
+    [
+        ("So 4 + 8 = 12.\nAnswer: 12", True),
+        ("Answer: **12**.", True),
+        ("answer: 12 pencils", True),
+        ("Answer: 12\nNo. Answer: 13", False),
+        ("The sum is 12", True),
+        ("It is 12.\nThat was easy", False),
+        ("Answer: 112", False),
+        ("Answer: 12.5", False),
+        ("Answer: -12", False),
+        ("", False),
+    ],
+)
+def test_replies_are_scored_exactly(reply, right):
+    assert is_correct(reply, "12") == right
+
+
+def test_unknown_tasks_are_named():
+    with pytest.raises(InputError, match="arithmetic"):
+        generate(("arithmetics",), 1)
