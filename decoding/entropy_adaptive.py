@@ -16,6 +16,7 @@ Axis letters: B batch, T tokens of a pass, N room for new tokens, V vocabulary.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -136,13 +137,11 @@ def read_text(
         logits = jnp.where((count > 0)[:, None], behind, logits)
         return commit(cache, None, count), logits, passes + (count > 0).astype(jnp.int32)
 
-    def body(carry):
-        far = (lacking(carry[0]) > 1).any()
-        return jax.lax.cond(far, lambda: one_pass(CATCH_UP, carry), lambda: one_pass(1, carry))
-
-    logits = jnp.zeros((len(newest), model.config.vocab_size), jnp.float32)
-    start = (cache, logits, jnp.zeros_like(newest))
-    cache, logits, passes = jax.lax.while_loop(lambda carry: (lacking(carry[0]) > 0).any(), body, start)
+    carry = cache, jnp.zeros((len(newest), model.config.vocab_size), jnp.float32), jnp.zeros_like(newest)
+    for width, most in ((CATCH_UP, 1), (1, 0)):  # loops, since `lax.cond` would copy the cache
+        pending = functools.partial(lambda most, carry: (lacking(carry[0]) > most).any(), most)
+        carry = jax.lax.while_loop(pending, functools.partial(one_pass, width), carry)
+    cache, logits, passes = carry
     return logits, cache, passes
 
 

@@ -66,6 +66,8 @@ class Drafter(NamedTuple):
         observe: (draft_params, state, seen) -> state.
         cold: () -> the state that stays warm between calls, as it is at first; gives None where nothing stays.
         warm: state -> its part that stays warm.
+        smaller: rising numbers of rows below W. Where the live rows of all trees fit one of them, the target runs over
+            so many rows only; live rows come first then. Each is compiled.
     """
 
     width: int
@@ -76,3 +78,4 @@ class Drafter(NamedTuple):
     observe: Callable[[Any, Any, Seen], Any]
     cold: Callable[[], Any] = lambda: None
     warm: Callable[[Any], Any] = lambda state: None
+    smaller: tuple[int, ...] = ()

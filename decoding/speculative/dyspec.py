@@ -142,15 +142,10 @@ def pruned(tree: Candidates, laws: jax.Array, width: int) -> tuple[TokenTree, ja
     `laws` f32[B, X, V] stand behind the first X candidates. No candidate is worth more than its parent or elder
     siblings, which come first and so win ties: what is kept is a tree.
     """
-    batch = len(tree.tokens)
     places = jnp.sort(jax.lax.top_k(tree.value, width)[1], axis=1)
-    index = jnp.arange(batch)[:, None]
-    row_of = jnp.zeros(tree.tokens.shape, jnp.int32).at[index, places].set(jnp.arange(width)[None, :])
-    tokens, parent, depth, value = (x[index, places] for x in (tree.tokens, tree.parent, tree.depth, tree.value))
-    parent = jnp.where((value > -jnp.inf) & (parent >= 0), row_of[index, jnp.maximum(parent, 0)], -1)
-    ancestors = tree.ancestors[index[..., None], places[:, :, None], places[:, None, :]]
-    behind = jnp.where((places < laws.shape[1])[..., None], laws[index, jnp.minimum(places, laws.shape[1] - 1)], 0.0)
-    return TokenTree(tokens, parent, depth, ancestors, behind), places
+    live = jnp.take_along_axis(tree.value, places, axis=1) > -jnp.inf
+    candidates = TokenTree(tree.tokens, tree.parent, tree.depth, tree.ancestors, laws)
+    return candidates.subtree(places, live), places
 
 
 def make_dyspec(model: Decoder, options: DySpecOptions, stop_tokens: tuple[int, ...]) -> Steps:

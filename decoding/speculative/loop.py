@@ -5,6 +5,8 @@ Sources: speculative decoding (2211.17192, 2302.01318) over token trees (SpecInf
 batch accepts its own number of tokens; no row waits for another.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from decoding.prefill import Prompts, prompt_tokens
 from decoding.sampling import step_keys
 from decoding.speculative.drafter import Drafter, Round, Seen
 from decoding.speculative.target import Target
+from decoding.speculative.tree import TokenTree
 from decoding.speculative.verify import verify
 from decoding.state import DecodeState, emit
 from models.attention import TreeRows, tree_attend
@@ -49,6 +52,24 @@ def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, .
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _DRAFT)
         round_ = Round(state.last, keys, carry.call, carry.seen, state.done)
         tree, draft, drafted, draft_calls = drafter.propose(_draft_params(params), carry.draft, round_)
+        active = (~state.done).astype(jnp.int32)
+        stats = state.stats.replace(
+            drafted=state.stats.drafted + drafted * active, draft_calls=state.stats.draft_calls + draft_calls * active
+        )
+        state = state.replace(stats=stats, carry=carry.replace(draft=draft))
+        sizes = (*drafter.smaller, drafter.width)
+        if len(sizes) == 1:
+            return finish(params, state, tree)
+        places = jnp.arange(1, drafter.width + 1)[None, :]
+        needed = jnp.where((tree.parent >= 0) & ~state.done[:, None], places, 1).max()
+        chosen = jnp.searchsorted(jnp.asarray(sizes), needed)
+        for index, size in enumerate(sizes):
+            run = functools.partial(finish, params, tree=tree.first(size))
+            state = _run_if(chosen == index, run, state)
+        return state
+
+    def finish(params: Any, state: DecodeState, tree: TokenTree) -> DecodeState:
+        carry = state.carry
         output = model.apply(
             {"params": target_params(params)},
             tree.tokens,
@@ -61,19 +82,21 @@ def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, .
         verified = verify(drafter.mode, tree, target, drafter.most)
         after = emit(state, verified.tokens, verified.count, stop_tokens)
         emitted = after.lengths - state.lengths
-        draft = drafter.observe(_draft_params(params), draft, Seen(tree, output.logits, verified, emitted))
-        active = (~state.done).astype(jnp.int32)
-        stats = after.stats.replace(
-            drafted=after.stats.drafted + drafted * active,
-            accepted=after.stats.accepted + jnp.minimum(emitted, verified.count - 1),
-            draft_calls=after.stats.draft_calls + draft_calls * active,
-        )
+        draft = drafter.observe(_draft_params(params), carry.draft, Seen(tree, output.logits, verified, emitted))
+        accepted = after.stats.accepted + jnp.minimum(emitted, verified.count - 1)
         kept = jnp.arange(drafter.most)[None, :] < emitted[:, None]
         seen = carry.seen.at[jnp.arange(len(emitted))[:, None], verified.tokens].max(kept)
-        cache = commit(output.cache, verified.rows, verified.count * active)
-        return after.replace(cache=cache, stats=stats, carry=carry.replace(draft=draft, seen=seen))
+        cache = commit(output.cache, verified.rows, jnp.where(state.done, 0, verified.count))
+        return after.replace(
+            cache=cache, stats=after.stats.replace(accepted=accepted), carry=carry.replace(draft=draft, seen=seen)
+        )
 
     return Steps(init, step, drafter.width, drafter.most, drafter.cold, lambda carry: drafter.warm(carry.draft))
+
+
+def _run_if(wanted: jax.Array, run: Callable[[DecodeState], DecodeState], state: DecodeState) -> DecodeState:
+    """Returns run(state) where wanted (bool[]), else the state: a loop of one turn, since `lax.cond` copies caches."""
+    return jax.lax.while_loop(lambda carry: carry[0], lambda carry: (~wanted, run(carry[1])), (wanted, state))[1]
 
 
 def _draft_params(params: Any) -> Any:

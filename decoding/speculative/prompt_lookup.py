@@ -84,7 +84,7 @@ def make_prompt_lookup(model: Decoder, options: PromptLookupOptions, stop_tokens
         tokens = write_tokens(text.tokens, text.lengths, seen.verified.tokens, seen.emitted)
         return Text(tokens, text.lengths + seen.emitted)
 
-    drafter = Drafter(template.width, options.length + 1, "node", init, propose, observe)
+    drafter = Drafter(template.width, options.length + 1, "node", init, propose, observe, smaller=(1,))
     return make_speculative(model, drafter, stop_tokens)
 
 

@@ -19,12 +19,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from decoding.method import Call, Method, Steps
 from decoding.prefill import Prompts
 from decoding.sampling import top_tokens
 from decoding.speculative.drafter import Drafter, Round, Seen
 from decoding.speculative.loop import make_speculative
+from decoding.speculative.sizing import Estimate, LatencyCurve, acceptance, best_size, learn, no_estimate
 from decoding.speculative.tree import Template, TokenTree
 from models.cache import commit, init_cache
 from models.decoder import Decoder
@@ -51,14 +53,31 @@ def paper_template() -> Template:
 
 @dataclasses.dataclass(frozen=True)
 class TokenRecyclingOptions:
-    """Rows of the tree (the likeliest ones of the paper's 81), and whether the prompt fills the table too."""
+    """Rows of the tree (the likeliest ones of the paper's 81), and whether the prompt fills the table too.
+
+    With `latency` (`decoding.speculative.sizing`) each step takes as many of these rows as pay on this machine.
+    """
 
     width: int = 81
     recycle_prompt: bool = False
+    latency: LatencyCurve | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.latency, LatencyCurve | None):
+            raise InputError(f"latency must be a LatencyCurve, or None for trees of one size; got {self.latency!r:.80}")
         if not 2 <= self.width <= 81:
             raise InputError(f"width must be 2 to 81 rows of the paper's tree, got {self.width}")
+
+
+@struct.dataclass
+class Memory:
+    """What is learned: the table i32[V, k]; for sized trees also f32[V, k], each successor's chance when it was noted,
+    and how often successors were accepted.
+    """
+
+    table: jax.Array
+    chances: jax.Array | None = None
+    estimate: Estimate | None = None
 
 
 def fill(template: Template, table: jax.Array, last: jax.Array) -> jax.Array:
@@ -70,34 +89,70 @@ def fill(template: Template, table: jax.Array, last: jax.Array) -> jax.Array:
     return tokens
 
 
-def recycle(table: jax.Array, tokens: jax.Array, logits: jax.Array, real: jax.Array) -> jax.Array:
-    """Returns the table i32[V, k] with each row of `tokens` (i32[N]) set to the top k of its logits f32[N, V].
+def gains(template: Template, memory: Memory, tokens: jax.Array) -> jax.Array:
+    """Returns f32[B, W - 1]: the chance that each row of the filled tree, below row 0, is accepted."""
+    parent, rank = template.parent[1:], template.rank[1:]
+    step = acceptance(memory.estimate, memory.chances[tokens[:, parent], rank[None, :]], rank[None, :])
+    found = jnp.ones((len(tokens), template.width), jnp.float32)
+    for start, stop in template.levels:
+        found = found.at[:, start:stop].set(found[:, template.parent[start:stop]] * step[:, start - 1 : stop - 1])
+    return found[:, 1:]
+
+
+def sized(template: Template, memory: Memory, curve: LatencyCurve, round_: Round) -> TokenTree:
+    """Returns the tree of the likeliest rows, as many as pay: its live rows first, `curve.sizes[-1]` rows in all."""
+    tokens = fill(template, memory.table, round_.last)
+    chances = gains(template, memory, tokens)
+    size = jnp.asarray(curve.sizes)[best_size(curve, chances, ~round_.done)]
+    best = 1 + jax.lax.top_k(chances, curve.sizes[-1] - 1)[1]  # a parent is never below its child: ties go by place
+    live = (jnp.arange(best.shape[1])[None, :] < size - 1) & (jnp.take_along_axis(chances, best - 1, axis=1) > 0)
+    places = jnp.sort(jnp.where(live, best, template.width), axis=1)
+    places = jnp.concatenate([jnp.zeros_like(places[:, :1]), places], axis=1)
+    return template.tree(tokens).subtree(jnp.minimum(places, template.width - 1), places < template.width)
+
+
+def recycle(memory: Memory, tokens: jax.Array, logits: jax.Array, real: jax.Array) -> Memory:
+    """Returns the memory with each row of `tokens` (i32[N]) set to the top k of its logits f32[N, V].
 
     Where a token occurs more than once its last real row wins; rows that are not `real` (bool[N]) write nothing.
     """
+    table, chances = memory.table, memory.chances
     rows = jnp.arange(len(tokens))
     last = jnp.full(table.shape[:1], -1).at[tokens].max(jnp.where(real, rows, -1))
     target = jnp.where(last[tokens] == rows, tokens, len(table))
-    return table.at[target].set(top_tokens(logits, table.shape[1]), mode="drop")
+    best = top_tokens(logits, table.shape[1])
+    if chances is not None:
+        law = jnp.exp(jnp.take_along_axis(logits, best, axis=1) - jax.nn.logsumexp(logits, axis=1, keepdims=True))
+        chances = chances.at[target].set(law, mode="drop")
+    return memory.replace(table=table.at[target].set(best, mode="drop"), chances=chances)
 
 
-def recycle_prompts(model: Decoder, params: Any, prompts: Prompts, table: jax.Array) -> jax.Array:
-    """Returns the table with the prompts' tokens recycled, a piece of every prompt at a time."""
+def learned(memory: Memory, seen: Seen) -> Estimate:
+    """Returns the estimate with what a step's new tokens say: which successors of the token before each would do."""
+    tokens = seen.verified.tokens
+    before = jnp.concatenate([seen.tree.tokens[:, :1], tokens[:, :-1]], axis=1)
+    new = jnp.arange(tokens.shape[1])[None, :] < seen.emitted[:, None]
+    hit = memory.table[before] == tokens[..., None]
+    return learn(memory.estimate, memory.chances[before], hit, new[..., None])
+
+
+def recycle_prompts(model: Decoder, params: Any, prompts: Prompts, memory: Memory) -> Memory:
+    """Returns the memory with the prompts' tokens recycled, a piece of every prompt at a time."""
     batch, width = prompts.tokens.shape
     piece = min(width, _PIECE)
     cache = init_cache(
         [block.attention for block in model.config.blocks], batch, width, params["embedding"]["embedding"].dtype
     )
 
-    def read(index: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        table, cache = carry
+    def read(index: jax.Array, carry: tuple[Memory, Any]) -> tuple[Memory, Any]:
+        memory, cache = carry
         tokens = jax.lax.dynamic_slice_in_dim(prompts.tokens, index * piece, piece, axis=1)
         output = model.apply({"params": params}, tokens, cache=cache)
         real = cache.length[:, None] + jnp.arange(piece)[None, :] < prompts.lengths[:, None]
-        table = recycle(table, tokens.reshape(-1), output.logits.reshape(batch * piece, -1), real.reshape(-1))
-        return table, commit(output.cache, None, jnp.full((batch,), piece))
+        memory = recycle(memory, tokens.reshape(-1), output.logits.reshape(batch * piece, -1), real.reshape(-1))
+        return memory, commit(output.cache, None, jnp.full((batch,), piece))
 
-    return jax.lax.fori_loop(0, width // piece, read, (table, cache))[0]
+    return jax.lax.fori_loop(0, width // piece, read, (memory, cache))[0]
 
 
 def make_token_recycling(model: Decoder, options: TokenRecyclingOptions, stop_tokens: tuple[int, ...]) -> Steps:
@@ -106,23 +161,34 @@ def make_token_recycling(model: Decoder, options: TokenRecyclingOptions, stop_to
     paths = [path for path in paper_template().paths if all(rank < successors for rank in path)]
     template = Template(tuple(paths)).prefix(options.width)
 
-    def cold() -> np.ndarray:
-        return np.zeros((model.config.vocab_size, successors), np.int32)
+    curve = options.latency and options.latency.upto(template.width)
+    sizes = curve.sizes if curve else (template.width,)
 
-    def init(params: Any, prompts: Prompts, slots: int, call: Call) -> jax.Array:
+    def cold() -> Memory:
+        shape = model.config.vocab_size, successors
+        table = np.zeros(shape, np.int32)
+        return Memory(table, np.zeros(shape, np.float32), no_estimate(successors)) if curve else Memory(table)
+
+    def init(params: Any, prompts: Prompts, slots: int, call: Call) -> Memory:
         return recycle_prompts(model, params, prompts, call.warm) if options.recycle_prompt else call.warm
 
-    def propose(params: Any, table: jax.Array, round_: Round) -> tuple[TokenTree, jax.Array, jax.Array, jax.Array]:
-        tree = template.tree(fill(template, table, round_.last))
+    def propose(params: Any, memory: Memory, round_: Round) -> tuple[TokenTree, Memory, jax.Array, jax.Array]:
+        if curve:
+            tree = sized(template, memory, curve, round_)
+        else:
+            tree = template.tree(fill(template, memory.table, round_.last))
         zero = jnp.zeros_like(round_.last)
-        return tree, table, zero + (template.width - 1), zero
+        return tree, memory, zero + (tree.parent >= 0).sum(axis=1, dtype=jnp.int32), zero
 
-    def observe(params: Any, table: jax.Array, seen: Seen) -> jax.Array:
+    def observe(params: Any, memory: Memory, seen: Seen) -> Memory:
+        if curve:
+            memory = memory.replace(estimate=learned(memory, seen))
         real = jnp.broadcast_to((seen.emitted > 0)[:, None], seen.tree.tokens.shape)
         vocab = seen.logits.shape[-1]
-        return recycle(table, seen.tree.tokens.reshape(-1), seen.logits.reshape(-1, vocab), real.reshape(-1))
+        return recycle(memory, seen.tree.tokens.reshape(-1), seen.logits.reshape(-1, vocab), real.reshape(-1))
 
-    drafter = Drafter(template.width, template.max_depth + 1, "node", init, propose, observe, cold, lambda table: table)
+    most = template.max_depth + 1
+    drafter = Drafter(sizes[-1], most, "node", init, propose, observe, cold, lambda memory: memory, sizes[:-1])
     return make_speculative(model, drafter, stop_tokens)
 
 

@@ -44,6 +44,33 @@ class TokenTree:
         law = self.laws[jnp.arange(len(row)), inside]
         return jnp.where((row < self.laws.shape[1])[:, None], law, 0.0)
 
+    def first(self, width: int) -> "TokenTree":
+        """Returns the tree of the first `width` rows."""
+        laws = None if self.laws is None else self.laws[:, :width]
+        ancestors = self.ancestors[:, :width, :width]
+        return TokenTree(self.tokens[:, :width], self.parent[:, :width], self.depth[:, :width], ancestors, laws)
+
+    def subtree(self, places: jax.Array, live: jax.Array) -> "TokenTree":
+        """Returns the tree of some rows.
+
+        Args:
+            places: i32[B, T], rows in rising order, row 0 first; the parents of live rows are among them.
+            live: bool[B, T]; the others become dead rows.
+        """
+        batch, width = places.shape
+        index = jnp.arange(batch)[:, None]
+        parent, depth = (jnp.broadcast_to(x, self.tokens.shape)[index, places] for x in (self.parent, self.depth))
+        new = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None, :], places.shape)
+        row_of = jnp.zeros(self.tokens.shape, jnp.int32).at[index, places].set(new)
+        parent = jnp.where(live & (parent >= 0), row_of[index, jnp.maximum(parent, 0)], -1)
+        above = jnp.broadcast_to(self.ancestors, (batch, *self.ancestors.shape[1:]))
+        above = above[index[..., None], places[:, :, None], places[:, None, :]]
+        laws = self.laws
+        if laws is not None:
+            last = laws.shape[1] - 1
+            laws = jnp.where((places <= last)[..., None], laws[index, jnp.minimum(places, last)], 0.0)
+        return TokenTree(self.tokens[index, places], parent, depth, above, laws)
+
 
 @dataclasses.dataclass(frozen=True)
 class Template:

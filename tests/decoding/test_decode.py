@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import decoding.decode
-from decoding import DecodeOutput, make_decode_fn
+from decoding import METHODS, DecodeOutput, WithDraft, make_decode_fn
 from decoding.decode import advance, decode, start
 from models.config import AttentionConfig, BlockConfig, DecoderConfig, MLPConfig
 from models.decoder import Decoder
@@ -196,7 +196,10 @@ def compiled_advance(batch: int, method: str, step=advance) -> str:
     """Returns the optimised HLO of `step` for a batch, with the state donated as `DecodeFn.advance` does."""
     model = Decoder(_CONFIG)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
-    fn = make_decode_fn(model, method, max_new_tokens=87)
+    options = {"draft": model} if METHODS[method].drafts else {}
+    params = WithDraft(params, params) if options else params
+    rows = make_decode_fn(model, method, **options).plan.steps().rows
+    fn = make_decode_fn(model, method, max_new_tokens=103 - 16 - (rows - 1), **options)
     prompts, call = fn.inputs([[1, 2, 3]] * batch)
     state = jax.eval_shape(lambda *args: start(fn.plan, *args), params, prompts, call)
     assert state.cache.k[0].shape == (batch, 3, 103, 10)
@@ -204,11 +207,16 @@ def compiled_advance(batch: int, method: str, step=advance) -> str:
     return jitted.lower(fn.plan, params, state, jnp.int32(9)).compile().as_text()
 
 
-@pytest.mark.parametrize(("batch", "method"), [(1, "greedy"), (8, "greedy"), (1, "sample")])
+@pytest.mark.parametrize(("batch", "method"), [(1, "greedy"), (8, "greedy"), (1, "sample"), (1, "entropy_adaptive")])
 def test_compiled_steps_copy_neither_cache_nor_weights(batch, method):
     hlo = compiled_advance(batch, method)
     assert "while(" in hlo and len(re.findall(r" (?:dot|fusion|custom-call)\(", hlo)) > 20
     assert large_moves(hlo) == []
+
+
+def test_trees_of_several_sizes_copy_no_cache():
+    """Only the rows of the tree are moved: a step over any of its sizes writes the cache in place."""
+    assert large_moves(compiled_advance(1, "prompt_lookup")) == []
 
 
 def test_the_check_for_copies_sees_one():

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from decoding import make_decode_fn
-from decoding.speculative.token_recycling import NUM_SUCCESSORS, fill, paper_template, recycle, recycle_prompts
+from decoding.speculative.token_recycling import (
+    NUM_SUCCESSORS,
+    Memory,
+    fill,
+    paper_template,
+    recycle,
+    recycle_prompts,
+)
 from decoding.speculative.tree import chain
 from models.errors import InputError
 from tests.support.decode_reference import PROMPTS, ROOM, forward, greedy_texts, small_law_model, texts
@@ -51,7 +58,7 @@ def test_recycle_keeps_the_last_real_row_of_each_token(vocab):
         slow = table.copy()
         for row in np.flatnonzero(real):
             slow[tokens[row]] = best[row]
-        new = recycle(*(jnp.asarray(x) for x in (table, tokens, logits, real)))
+        new = recycle(Memory(jnp.asarray(table)), *(jnp.asarray(x) for x in (tokens, logits, real))).table
         assert new.dtype == jnp.int32
         np.testing.assert_array_equal(new, slow)
 
@@ -84,9 +91,9 @@ def table_of(kind: str, greedy: list[list[int]]) -> np.ndarray:
 @pytest.mark.parametrize("kind", TABLES)
 def test_no_table_changes_the_text(tiny, recycling, greedy, kind):
     table = table_of(kind, greedy)
-    output = recycling(tiny[1], PROMPTS, warm=table)
+    output = recycling(tiny[1], PROMPTS, warm=Memory(table))
     assert texts(output) == greedy
-    assert texts(recycling(tiny[1], PROMPTS[3:4], warm=table)) == greedy[3:4]
+    assert texts(recycling(tiny[1], PROMPTS[3:4], warm=Memory(table))) == greedy[3:4]
     if kind == "successors":
         assert int(output.stats.accepted.sum()) > 20
 
@@ -112,12 +119,12 @@ def test_the_right_table_gives_seven_tokens_a_step():
     logits = forward(model, params, np.arange(12, dtype=np.int32)[:, None])[:, 0]
     table = jax.lax.top_k(logits, 8)[1]
     fn = make_decode_fn(model, "token_recycling", max_new_tokens=49)
-    output = fn(params, [[3], [7, 7, 8]], warm=table)
+    output = fn(params, [[3], [7, 7, 8]], warm=Memory(table))
     assert texts(output) == [cycle(3, 49), cycle(8, 49)]
     assert output.stats.steps.tolist() == [7, 7] and output.stats.histogram[:, 7].tolist() == [7, 7]
-    np.testing.assert_array_equal(output.warm, table)
+    np.testing.assert_array_equal(output.warm.table, table)
     last = table.at[:, 0].set(table[:, 7]).at[:, 7].set(table[:, 0])  # the right ones on the outermost branch
-    assert texts(fn(params, [[3], [7, 7, 8]], warm=last)) == texts(output)
+    assert texts(fn(params, [[3], [7, 7, 8]], warm=Memory(last))) == texts(output)
 
 
 def test_a_cold_table_learns_within_the_text_and_stays_warm():
@@ -128,24 +135,29 @@ def test_a_cold_table_learns_within_the_text_and_stays_warm():
     assert texts(first) == texts(again) == [cycle(3, 49)] * 2
     assert int(again.stats.steps[0]) == 7 < int(first.stats.steps[0]) < 49
     logits = forward(model, params, np.arange(12, dtype=np.int32)[:, None])[:, 0]
-    np.testing.assert_array_equal(first.warm, jax.lax.top_k(logits, 8)[1])
+    np.testing.assert_array_equal(first.warm.table, jax.lax.top_k(logits, 8)[1])
 
 
 def test_the_table_that_comes_back_is_one_to_start_from(tiny, recycling, greedy):
     first = recycling(tiny[1], PROMPTS)
-    assert first.warm.shape == (61, 8) and first.warm.dtype == jnp.int32
+    assert first.warm.table.shape == (61, 8) and first.warm.table.dtype == jnp.int32
     assert texts(recycling(tiny[1], PROMPTS, warm=first.warm)) == greedy
 
 
 def test_rows_that_are_done_teach_nothing(tiny, recycling):
     alone = recycling(tiny[1], PROMPTS[3:4], max_new_tokens=6)
     output = recycling(tiny[1], PROMPTS, max_new_tokens=[0, 0, 0, 6, 0, 0, 0, 0])
-    np.testing.assert_array_equal(output.warm, alone.warm)
-    assert np.asarray(alone.warm).any(axis=1).sum() > 6
+    np.testing.assert_array_equal(output.warm.table, alone.warm.table)
+    assert np.asarray(alone.warm.table).any(axis=1).sum() > 6
 
 
 @pytest.mark.parametrize(
-    "warm", [np.zeros((61, 7), np.int32), np.zeros((60, 8), np.int32), np.zeros((61, 8), np.float32), 3, {"table": 1}]
+    "warm",
+    [
+        Memory(np.zeros(shape, dtype))
+        for shape, dtype in (((61, 7), np.int32), ((60, 8), np.int32), ((61, 8), np.float32))
+    ]
+    + [3, {"table": 1}],
 )
 def test_a_warm_value_of_another_shape(tiny, recycling, warm):
     with pytest.raises(InputError, match="warm must be the `warm` of an earlier output of method 'token_recycling'"):
@@ -172,7 +184,7 @@ def test_a_small_tree_in_the_smallest_cache_that_is_let_through(tiny, greedy):
 
 def test_a_vocabulary_smaller_than_the_tree_is_wide():
     steps = make_decode_fn(small_law_model()[0], "token_recycling").plan.steps()
-    assert steps.cold().shape == (5, 5) and steps.most == 7
+    assert steps.cold().table.shape == (5, 5) and steps.most == 7
     assert steps.rows == sum(max(path, default=0) < 5 for path in paper_template().paths)
 
 
@@ -181,9 +193,9 @@ def test_recycled_prompts_fill_the_table(tiny):
     model, params = tiny
     fn = make_decode_fn(model, "token_recycling", max_new_tokens=ROOM, recycle_prompt=True)
     prompts, call = fn.inputs(PROMPTS)
-    table = recycle_prompts(model, params, prompts, jnp.asarray(call.warm))
+    table = recycle_prompts(model, params, prompts, jax.tree.map(jnp.asarray, call.warm)).table
     logits = np.asarray(forward(model, params, prompts.tokens))
-    expected = np.array(call.warm)
+    expected = np.array(call.warm.table)
     for prompt, row in zip(PROMPTS, logits, strict=True):
         for token, scores in zip(prompt, row, strict=False):
             expected[token] = np.argsort(-scores)[:NUM_SUCCESSORS]

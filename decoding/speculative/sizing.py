@@ -1,0 +1,168 @@
+"""How large a tree pays here: what a target pass over n rows costs on this machine, and what n rows are likely to gain.
+
+A step that verifies n rows emits 1 + (accepted rows) tokens in the time of a pass over n rows. `measure` times the
+passes once per model and device (`latency_curve` keeps the result), an `Estimate` learns while decoding how often a
+candidate of a given rank and chance is accepted, and `best_size` weighs the two: the n of most tokens per second.
+One row, plain decoding, is among the sizes.
+
+Source: the objective is that of Sequoia (2402.12374, section 3.3): expected tokens over the measured time of a step.
+Deviation: it is maximised at every step, over the candidates of that step, in place of once over a static tree.
+
+Axis letters: B batch, R candidate rows, k ranks.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from models.attention import TreeRows, tree_attend
+from models.cache import init_cache
+from models.decoder import Decoder
+from models.errors import InputError
+
+SIZES = (1, 4, 8, 16, 32)
+_BINS = 8  # of the chance that a candidate had when it was noted
+_PRIOR = 4.0  # trials that the noted chance itself counts for
+
+
+@dataclasses.dataclass(frozen=True)
+class LatencyCurve:
+    """Seconds of a target pass over each number of rows; the first is one row.
+
+    Raises:
+        InputError: sizes that do not rise from 1, or seconds that are not positive numbers, one per size.
+    """
+
+    sizes: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", tuple(self.sizes))
+        object.__setattr__(self, "seconds", tuple(self.seconds))
+        if not self.sizes or self.sizes[0] != 1 or list(self.sizes) != sorted(set(self.sizes)):
+            raise InputError(f"sizes must rise from 1, got {self.sizes}")
+        if len(self.seconds) != len(self.sizes) or not all(s > 0 for s in self.seconds):
+            raise InputError(f"seconds must be positive, one per size; got {self.seconds} for sizes {self.sizes}")
+
+    def upto(self, width: int) -> "LatencyCurve":
+        """Returns the curve of the sizes up to `width`."""
+        kept = [size for size in self.sizes if size <= width]
+        return LatencyCurve(tuple(kept), self.seconds[: len(kept)])
+
+    def of_batch(self, batch: int) -> np.ndarray:
+        """Returns f32[sizes]: seconds for so many rows of each batch row, along the lines between what was measured."""
+        rows, known = np.multiply(self.sizes, batch), np.asarray(self.seconds)
+        slope = (known[-1] - known[-2]) / (self.sizes[-1] - self.sizes[-2]) if len(known) > 1 else 0.0
+        beyond = np.maximum(rows - self.sizes[-1], 0) * max(slope, 0.0)
+        return (np.interp(rows, self.sizes, known) + beyond).astype(np.float32)
+
+
+def measure(
+    model: Decoder, params: Any, sizes: tuple[int, ...] = SIZES, *, context: int = 256, repeats: int = 9
+) -> LatencyCurve:
+    """Times a pass of the model over each number of rows, behind `context` tokens, batch of one.
+
+    Passes take turns, so that a slow moment of the machine meets all sizes; the median of each counts.
+    """
+    slots = context + max(sizes)
+    cache = init_cache([b.attention for b in model.config.blocks], 1, slots, params["embedding"]["embedding"].dtype)
+    cache = cache.replace(length=jnp.full((1,), context, jnp.int32))
+
+    @functools.partial(jax.jit, static_argnums=2, donate_argnums=1)
+    def forward(params: Any, cache: Any, size: int) -> Any:
+        depth = jnp.arange(size)[None, :]
+        rows = TreeRows(jnp.tril(jnp.ones((1, size, size), bool)), depth)
+        tokens = jnp.zeros((1, size), jnp.int32)
+        output = model.apply({"params": params}, tokens, context + depth, cache, tree_attend, rows)
+        return jnp.argmax(output.logits, axis=-1), output.cache
+
+    seconds: dict[int, list[float]] = {size: [] for size in sizes}
+    for turn in range(repeats + 1):
+        for size in sizes:
+            begin = time.perf_counter()
+            token, cache = forward(params, cache, size)
+            token.block_until_ready()
+            if turn:  # the first one compiles
+                seconds[size].append(time.perf_counter() - begin)
+    return LatencyCurve(tuple(sizes), tuple(statistics.median(seconds[size]) for size in sizes))
+
+
+def latency_curve(model: Decoder, params: Any, folder: Path, sizes: tuple[int, ...] = SIZES) -> LatencyCurve:
+    """Returns the curve of a model on this device: measured the first time, then read from `folder`."""
+    dtype = params["embedding"]["embedding"].dtype
+    device = jax.devices()[0]
+    key = repr((model.config, str(dtype), device.platform, device.device_kind, jax.__version__, sizes))
+    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return LatencyCurve(tuple(kept["sizes"]), tuple(kept["seconds"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        curve = measure(model, params, sizes)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(dataclasses.asdict(curve)), encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        pass  # measured again next time
+    return curve
+
+
+@struct.dataclass
+class Estimate:
+    """How often candidates were accepted: hits and trials f32[k, bins], by rank and by the chance noted with them."""
+
+    hits: jax.Array
+    trials: jax.Array
+
+
+def no_estimate(ranks: int) -> Estimate:
+    """Returns the estimate before any trial."""
+    return Estimate(np.zeros((ranks, _BINS), np.float32), np.zeros((ranks, _BINS), np.float32))
+
+
+def learn(estimate: Estimate, chances: jax.Array, hit: jax.Array, real: jax.Array) -> Estimate:
+    """Counts candidates f32[..., k] by rank and chance: tried where `real` (bool[..., 1]), accepted where `hit` too.
+
+    Candidates of chance 0 were never noted, and are not counted.
+    """
+    rank = jnp.broadcast_to(jnp.arange(chances.shape[-1]), chances.shape)
+    tried = (real & (chances > 0)).astype(jnp.float32)
+    place = rank, _bin(chances)
+    return Estimate(estimate.hits.at[place].add(tried * hit.astype(jnp.float32)), estimate.trials.at[place].add(tried))
+
+
+def acceptance(estimate: Estimate, chances: jax.Array, rank: jax.Array) -> jax.Array:
+    """Returns the chance of being accepted, f32[...], of candidates of rank i32[...], noted with chances f32[...]."""
+    place = jnp.broadcast_to(rank, chances.shape), _bin(chances)
+    found = (estimate.hits[place] + _PRIOR * chances) / (estimate.trials[place] + _PRIOR)
+    return jnp.where(chances > 0, found, 0.0)
+
+
+def best_size(curve: LatencyCurve, gains: jax.Array, active: jax.Array) -> jax.Array:
+    """Returns the index, i32[], of the size that emits most tokens per second.
+
+    Args:
+        curve: what the sizes cost.
+        gains: f32[B, R], the chance of each candidate to be accepted; no candidate's exceeds its parent's.
+        active: bool[B], batch rows that are not done.
+    """
+    best = jnp.cumsum(-jnp.sort(-gains, axis=1), axis=1)
+    tokens = 1.0 + jnp.pad(best, ((0, 0), (1, 0)))
+    rows = np.minimum(curve.sizes, tokens.shape[1]) - 1
+    tokens = jnp.where(active[:, None], tokens, 0.0).sum(axis=0)[rows]
+    return jnp.argmax(tokens / curve.of_batch(len(gains))).astype(jnp.int32)
+
+
+def _bin(chances: jax.Array) -> jax.Array:
+    return jnp.clip((chances * _BINS).astype(jnp.int32), 0, _BINS - 1)
