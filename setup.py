@@ -41,6 +41,7 @@ setup(
         "jinja2>=3.1.6",
         "pydantic>=2.10",
         "tyro>=1.0",
+        "bm25s>=0.2",
         "pyyaml>=6",
     ],
     extras_require={

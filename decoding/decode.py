@@ -22,6 +22,7 @@ from decoding.method import Call, Method, Steps, WithDraft, target_params
 from decoding.prefill import Prompts, pad_prompts, prefill
 from decoding.speculative.dyspec import DYSPEC
 from decoding.speculative.prompt_lookup import PROMPT_LOOKUP
+from decoding.speculative.rapid import RAPID
 from decoding.speculative.rsd import RSD_C, RSD_S
 from decoding.speculative.speculative_sampling import SPECULATIVE_SAMPLING
 from decoding.speculative.token_recycling import TOKEN_RECYCLING
@@ -35,6 +36,7 @@ METHODS: dict[str, Method] = {
     "dyspec": DYSPEC,
     "entropy_adaptive": ENTROPY_ADAPTIVE,
     "prompt_lookup": PROMPT_LOOKUP,
+    "rapid": RAPID,
     "rsd_c": RSD_C,
     "rsd_s": RSD_S,
     "speculative_sampling": SPECULATIVE_SAMPLING,

@@ -27,6 +27,7 @@ from decoding.speculative.draft_model import (
 from decoding.speculative.drafter import Drafter, Round, Seen
 from decoding.speculative.loop import make_speculative
 from decoding.speculative.tree import chain
+from decoding.speculative.verify import Mode
 from models.cache import commit
 from models.decoder import Decoder
 from models.errors import InputError
@@ -44,21 +45,25 @@ class SpeculativeSamplingOptions(DraftOptions):
             raise InputError(f"length must be at least 1, got {self.length}")
 
 
-def make_speculative_sampling(
-    model: Decoder, options: SpeculativeSamplingOptions, stop_tokens: tuple[int, ...]
-) -> Steps:
-    """Drafts a chain of `options.length` tokens with `options.draft`."""
-    draft = check_draft(model, options.draft, "speculative_sampling")
-    template = chain(options.length)
+def chain_drafter(draft: Decoder, length: int, temperature: float | None, mode: Mode) -> Drafter:
+    """Drafts a chain, each token drawn from the draft's law behind the ones before it.
+
+    Args:
+        draft: the draft model.
+        length: D, tokens drafted per step.
+        temperature: the draft's own, or None for the row's (greedy rows are then drafted by rank).
+        mode: how the chain is verified; `TokenTree.laws` holds f32[B, D, V], the laws that it was drawn from.
+    """
+    template = chain(length)
 
     def init(params: Any, prompts: Prompts, slots: int, call: Call) -> DraftStream:
         return start_stream(draft, params.draft, prompts, slots)
 
     def propose(params: Any, stream: DraftStream, round_: Round):
         def choose(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-            law = draft_law(logits[:, None], round_, options.draft_temperature)[:, 0]
+            law = draft_law(logits[:, None], round_, temperature)[:, 0]
             keys = jax.vmap(jax.random.fold_in, (0, None))(round_.keys, step)
-            ranked = by_rank(round_, options.draft_temperature)
+            ranked = by_rank(round_, temperature)
             return jnp.where(ranked, likeliest(law), draw(jnp.log(law), keys)), law
 
         def extend(carry, step):
@@ -70,16 +75,24 @@ def make_speculative_sampling(
         logits, stream = read_newest(draft, params, stream, round_)
         token, law = choose(logits, jnp.zeros((), jnp.int32))
         root = stream.cache.length
-        (cache, _), (tokens, laws) = jax.lax.scan(extend, (stream.cache, token), jnp.arange(1, options.length))
+        (cache, _), (tokens, laws) = jax.lax.scan(extend, (stream.cache, token), jnp.arange(1, length))
         tokens = jnp.concatenate([round_.last[:, None], token[:, None], tokens.T], axis=1)
         laws = jnp.concatenate([law[:, None], jnp.swapaxes(laws, 0, 1)], axis=1)
-        drafted = jnp.full_like(root, options.length)
+        drafted = jnp.full_like(root, length)
         return template.tree(tokens, laws), stream.replace(cache=cache.replace(length=root)), drafted, drafted
 
     def observe(params: Any, stream: DraftStream, seen: Seen) -> DraftStream:
         return keep(stream, seen.verified, seen.verified.tokens, template.parents)
 
-    drafter = Drafter(template.width, options.length + 1, "rrs_wor", init, propose, observe)
+    return Drafter(template.width, length + 1, mode, init, propose, observe)
+
+
+def make_speculative_sampling(
+    model: Decoder, options: SpeculativeSamplingOptions, stop_tokens: tuple[int, ...]
+) -> Steps:
+    """Drafts a chain of `options.length` tokens with `options.draft`."""
+    draft = check_draft(model, options.draft, "speculative_sampling")
+    drafter = chain_drafter(draft, options.length, options.draft_temperature, "rrs_wor")
     return make_speculative(model, drafter, stop_tokens)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decoding.sampling import Sampling, probabilities
+from decoding.sampling import Sampling, probabilities, process_logits
 from decoding.speculative.tree import TokenTree
 
 
@@ -43,10 +43,17 @@ class Target(NamedTuple):
 
     def law(self, tree: TokenTree, row: jax.Array) -> jax.Array:
         """Returns f32[B, V]: the law of the token behind `row` (i32[B])."""
+        return probabilities(*self._behind(tree, row))
+
+    def scores(self, tree: TokenTree, row: jax.Array) -> jax.Array:
+        """Returns f32[B, V]: the logits of that law, divided by the temperature, -inf for what may not be drawn."""
+        return process_logits(*self._behind(tree, row))
+
+    def _behind(self, tree: TokenTree, row: jax.Array) -> tuple[jax.Array, Sampling, jax.Array]:
         batch = jnp.arange(row.shape[0])
         path = jnp.broadcast_to(tree.ancestors, (row.shape[0], *tree.ancestors.shape[1:]))[batch, row]
         seen = self.seen.at[batch[:, None], tree.tokens].max(path)
-        return probabilities(self.logits[batch, row], self.sampling, seen)
+        return self.logits[batch, row], self.sampling, seen
 
 
 def kept(tree: TokenTree, rows: jax.Array, count: jax.Array, last: jax.Array) -> Verified:

@@ -33,6 +33,7 @@ DRAWS = 40_000
 PROMPT = [2, 0, 3]
 SMALL = {  # options of methods that take long to compile
     "dyspec": {"budget": 5, "frontier": 3, "depth": 3},
+    "rapid": {"length": 3},
     "rsd_c": {"children": (3, 2)},
     "rsd_s": {"beams": 3, "depth": 2},
     "speculative_sampling": {"length": 3},
