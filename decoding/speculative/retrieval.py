@@ -9,6 +9,7 @@ Deviation: chunks are ranked by BM25 (the `bm25s` package), not by an encoder's 
 a low score.
 """
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 
@@ -77,6 +78,7 @@ def retrieve(chunks: Sequence[str], query: str, count: int) -> list[int]:
     import bm25s  # takes a second, and runs JAX once
     import numpy as np
 
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # its import sets DEBUG
     words = [re.findall(r"\w+", text.lower()) for text in (*chunks, query)]
     wanted = set(words.pop()) & {word for chunk in words for word in chunk}
     if not wanted:

@@ -51,7 +51,7 @@ def test_cuts_are_made_at_the_best_places():
     assert chunks("ab", lambda text: 3 * len(text), 2) == ["a", "b"], "a character cannot be cut"
 
 
-def test_retrieval_finds_shared_words_and_keeps_the_order(capfd):
+def test_retrieval_finds_shared_words_and_keeps_the_order(capfd, caplog):
     parts = ["The cat sat.", "Room 7 is red.", "nothing", "", "A dog ran.", "room 8 is blue", "The room: 7, 7!"]
     assert retrieve(parts, "What is in Room 7?", 2) == [1, 6]
     assert retrieve(parts, "DOG", 1) == [4]
@@ -62,7 +62,7 @@ def test_retrieval_finds_shared_words_and_keeps_the_order(capfd):
         found = retrieve(parts, "a red room", count)
         assert found == sorted(set(found)) and len(found) == min(count, len(parts))
     out, err = capfd.readouterr()
-    assert not out and not err, "no progress bars"
+    assert not out and not err and not caplog.records, "no progress bars, no debugging"
 
 
 def test_common_words_count_less_than_rare_ones():
