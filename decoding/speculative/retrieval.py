@@ -75,7 +75,7 @@ def retrieve(chunks: Sequence[str], query: str, count: int) -> list[int]:
         raise InputError(f"count must be at least 1 chunk, got {count}")
     if count >= len(chunks):
         return list(range(len(chunks)))
-    import bm25s  # takes a second, and runs JAX once
+    import bm25s  # its import runs JAX once
     import numpy as np
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # its import sets DEBUG
