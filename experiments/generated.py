@@ -1,13 +1,16 @@
-"""Questions that code writes, with answers that are scored exactly: multi-step arithmetic, text and list operations.
+"""Questions that code writes, with answers that are scored exactly: multi-step arithmetic, operations on lists and
+words, and facts to find in a long document.
 
 Numbers and words are drawn anew for every question from a seed, so that no file of them is needed.
 """
 
 import dataclasses
+import functools
 import random
 import re
 from collections.abc import Callable, Sequence
 
+from experiments.needles import needle_document
 from experiments.questions import Question
 from models.errors import unknown_name
 
@@ -62,11 +65,29 @@ def words(rng: random.Random) -> Question:
     return Question("", "words", (f"{text} {_END}",), answer=answer)
 
 
-GENERATED: dict[str, Callable[[random.Random], Question]] = {"arithmetic": arithmetic, "lists": lists, "words": words}
+def needles(task: str, hops: int, rng: random.Random, document_words: int) -> Question:
+    """One fact among many like it in a document, or two that must be put together."""
+    document, question, answer = needle_document(rng, document_words, hops)
+    return Question("", task, (f"{question} Reply with the code.",), document, answer)
 
 
-def generate(tasks: Sequence[str], per_task: int, seed: int = 0) -> list[Question]:
+GENERATED: dict[str, Callable[[random.Random, int], Question]] = {
+    "arithmetic": lambda rng, _: arithmetic(rng),
+    "lists": lambda rng, _: lists(rng),
+    "words": lambda rng, _: words(rng),
+    "needle": functools.partial(needles, "needle", 1),
+    "two_needles": functools.partial(needles, "two_needles", 2),
+}
+
+
+def generate(tasks: Sequence[str], per_task: int, seed: int = 0, document_words: int = 400) -> list[Question]:
     """Returns `per_task` questions of each task; the first n are the same however many are asked for.
+
+    Args:
+        tasks: names in `GENERATED`.
+        per_task: how many of each.
+        seed: other seeds give other questions.
+        document_words: length of the documents that some tasks ask about.
 
     Raises:
         InputError: an unknown task.
@@ -75,7 +96,7 @@ def generate(tasks: Sequence[str], per_task: int, seed: int = 0) -> list[Questio
         if task not in GENERATED:
             raise unknown_name("generated task", task, GENERATED)
     names = [(task, f"{task}-{seed}-{index}") for task in tasks for index in range(per_task)]
-    return [dataclasses.replace(GENERATED[task](random.Random(name)), id=name) for task, name in names]
+    return [dataclasses.replace(GENERATED[task](random.Random(name), document_words), id=name) for task, name in names]
 
 
 def is_correct(reply: str, answer: str) -> bool:

@@ -55,10 +55,13 @@ class Preset:
     per_task: int = 1  # questions of each task
     max_new_tokens: int = 64  # per turn
     tasks: tuple[str, ...] = ()  # which tasks; none: all of the file's
+    document_words: int = 400  # length of generated documents
 
     def __post_init__(self) -> None:
         if self.per_task < 1 or self.max_new_tokens < 1:
             raise ValueError("per_task and max_new_tokens must be at least 1")
+        if self.document_words < 60:
+            raise ValueError("document_words must be at least 60")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +189,7 @@ def read_tasks(config: TableConfig) -> dict[str, list[Question]]:
     """Returns {task: questions} for the tasks of the config."""
     per_task = config.size.per_task
     if config.generate:
-        questions = generate(config.generate, per_task, config.seed)
+        questions = generate(config.generate, per_task, config.seed, config.size.document_words)
     else:
         questions = read_questions(config.questions, per_task)
     tasks = list(dict.fromkeys(question.task for question in questions))

@@ -59,6 +59,12 @@ def test_replies_are_scored_exactly(reply, right):
     assert is_correct(reply, "12") == right
 
 
+def test_documents_are_as_long_as_asked_for_and_hold_the_answer():
+    for question in generate(("needle", "two_needles"), 3, document_words=120):
+        assert 120 <= len(question.document.split()) < 140
+        assert question.document.count(question.answer) == 1 and question.answer not in question.turns[0]
+
+
 def test_unknown_tasks_are_named():
     with pytest.raises(InputError, match="arithmetic"):
         generate(("arithmetics",), 1)
