@@ -89,6 +89,47 @@ def test_an_interrupted_run_goes_on(table, capsys, monkeypatch):
     assert resumed["steps"] == whole["steps"], "the table that the first cell left was taken up again"
 
 
+GENERATED = """
+table: generated
+generate: [words, needle]
+rows:
+  - {name: plain}
+  - {name: shortened, retrieval: {tokens: 128, reader: both}}
+  - {name: drafted, method: rapid, draft: true, options: {mode: sd, length: 2}, retrieval: {tokens: 128}}
+claims:
+  - {text: The whole document helps, row: plain, than: shortened, measure: correct, factor: 0.5}
+presets:
+  smoke: {per_task: 1, max_new_tokens: 6, document_words: 60}
+"""
+
+
+def test_tables_of_generated_questions_score_answers(table, tmp_path, monkeypatch):
+    """A reply is made right by hand: a model this small finds no answers."""
+    run, out = table
+    longer = str(write_tiny_folder(tmp_path / "longer", max_length=1024))
+    (tmp_path / "table.yaml").write_text(GENERATED)
+    monkeypatch.setattr(cells, "is_correct", lambda reply, answer: answer.isdigit())
+    decode, read = cells.Row._decode, []
+
+    def reading(row, prompt, seed, call):
+        read.append((prompt, call.get("draft_prompts")))
+        return decode(row, prompt, seed, call)
+
+    monkeypatch.setattr(cells.Row, "_decode", reading)
+    run("--model", longer, "--draft", longer)
+    with (out / "table.csv").open() as file:
+        figures = {(r["row"], r["task"], r["measure"]): float(r["value"]) for r in csv.DictReader(file)}
+    assert figures["plain", "words", "correct"] == 0 and figures["plain", "needle", "correct"] == 1
+    assert figures["shortened", "all", "correct"] == 0.5
+    assert figures["drafted", "all", "same"] == 1
+    whole, short, drafted = read[3:]
+    assert len(short[0]) < len(whole[0]) / 2 and drafted[0] == whole[0] and drafted[1] == [short[0]]
+    assert figures["drafted", "words", "mat"] == 3, "where there is no document, the draft reads what the target reads"
+    page = (out / "table.md").read_text()
+    assert "Share of right answers" not in page, "it tells no row from another"
+    assert "right answers |" in page and "to be above 0.5 times it" in page and "written by code" in page
+
+
 def test_two_runs_in_one_folder_are_refused(table):
     run, out = table
     out.mkdir()

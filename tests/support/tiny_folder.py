@@ -25,10 +25,10 @@ def tiny_tokenizer() -> Tokenizer:
     return Tokenizer(backend, bos_id=None, eos_id=end, pad_id=None, stop_ids=(end,), chat_template=TEMPLATE)
 
 
-def write_tiny_folder(folder: Path, with_tokenizer: bool = True) -> Path:
+def write_tiny_folder(folder: Path, with_tokenizer: bool = True, max_length: int = 128) -> Path:
     """Writes the model folder and returns its path."""
     block = BlockConfig(AttentionConfig(2, 1, 8), MLPConfig(24))
-    config = DecoderConfig("llama", vocab_size=260, width=16, blocks=(block, block), max_length=128)
+    config = DecoderConfig("llama", vocab_size=260, width=16, blocks=(block, block), max_length=max_length)
     model = Decoder(config)
     params = model.init(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"]
     save_model(folder, model, params, tiny_tokenizer() if with_tokenizer else None)
