@@ -24,6 +24,7 @@ from decoding.speculative.dyspec import DYSPEC
 from decoding.speculative.prompt_lookup import PROMPT_LOOKUP
 from decoding.speculative.rapid import RAPID
 from decoding.speculative.rsd import RSD_C, RSD_S
+from decoding.speculative.specdec_pp import SPECDEC_PP
 from decoding.speculative.speculative_sampling import SPECULATIVE_SAMPLING
 from decoding.speculative.token_recycling import TOKEN_RECYCLING
 from decoding.state import DecodeOutput, DecodeState, init_state
@@ -39,6 +40,7 @@ METHODS: dict[str, Method] = {
     "rapid": RAPID,
     "rsd_c": RSD_C,
     "rsd_s": RSD_S,
+    "specdec_pp": SPECDEC_PP,
     "speculative_sampling": SPECULATIVE_SAMPLING,
     "token_recycling": TOKEN_RECYCLING,
 }

@@ -75,6 +75,7 @@ class Method(NamedTuple):
         make: (model, options, stop_tokens) -> Steps.
         temperature: the default of calls that give none; None: the method does not sample at all.
         drafts: whether it drafts with a second model: `options.draft` is then that model, `params` a `WithDraft`.
+        head: whether that model may come with an acceptance head.
     """
 
     label: Literal["exact", "distribution", "lossy"]
@@ -82,3 +83,4 @@ class Method(NamedTuple):
     make: Callable[[Decoder, Any, tuple[int, ...]], Steps]
     temperature: float | None = None
     drafts: bool = False
+    head: bool = False

@@ -41,6 +41,9 @@ class DecodeConfig:
     chat: bool = True  # put prompts through the model's chat template, where it has one
     method: str = "greedy"  # a decoding method
     draft: str | None = None  # the model that drafts, by name or path, for methods that draft with a second one
+    head: Path | None = (
+        None  # the draft's acceptance head (experiments.train_acceptance_head), for methods that use one
+    )
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # the method's own static options
     sampling: SamplingSettings = SamplingSettings()
     seed: int = 0  # prompt i samples with seed + i
@@ -117,6 +120,9 @@ def check_method(config: DecodeConfig) -> None:
     if config.draft is not None and not method.drafts:
         drafting = ", ".join(name for name, row in METHODS.items() if row.drafts)
         raise InputError(f"method {config.method!r} drafts with no second model: leave out --draft, or use {drafting}")
+    if config.head is not None and not method.head:
+        heads = ", ".join(name for name, row in METHODS.items() if row.head)
+        raise InputError(f"method {config.method!r} has no use for a head: leave out --head, or use {heads}")
     given = [name for name, value in dataclasses.asdict(config.sampling).items() if value is not None]
     if given and method.temperature is None:
         raise InputError(f"method {config.method!r} takes no {given[0]}: leave it out, or use --method sample")
@@ -129,8 +135,9 @@ class Runner:
         """Loads the model; raises InputError for whatever the config has wrong about it."""
         import jax
 
-        from decoding import WithDraft, make_decode_fn
+        from decoding import WithDraft, WithHead, make_decode_fn
         from models import load_model
+        from models.acceptance_head import load_head
 
         check_method(config)
         begin = time.perf_counter()
@@ -138,6 +145,9 @@ class Runner:
         options = dict(config.options)
         if config.draft is not None:
             options["draft"], draft_params, _ = load_model(config.draft, config.dtype)
+            if config.head is not None:
+                head = load_head(config.head, config.draft, options["draft"].config.width)
+                draft_params = WithHead(draft_params, *head)
             self.params = WithDraft(self.params, draft_params)
         jax.block_until_ready(self.params)
         self.load_seconds = time.perf_counter() - begin

@@ -21,6 +21,7 @@ from experiments.generated import generate
 from experiments.questions import Question, read_questions
 from experiments.runtime import run_main, setup_runtime
 from experiments.tables import write_table
+from experiments.train_acceptance_head import ensure_head, head_stamp
 from models.errors import InputError, unknown_name
 
 
@@ -34,7 +35,13 @@ class TableRow:
     sampling: SamplingSettings = SamplingSettings()
     draft: bool = False  # drafts with the table's draft model
     retrieval: Retrieval | None = None  # shortens documents; None: they are read whole
+    head: Path | None = None  # the draft's acceptance head, for methods that use one
+    train: Path | None = None  # the config that trains the head where it does not exist yet
     paper: str = ""  # what the paper reports, in words and figures
+
+    def __post_init__(self) -> None:
+        if self.head is not None and not self.draft:
+            raise ValueError(f"row {self.name!r} has a head, which belongs to a draft: set draft to true")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +124,9 @@ def measure(config: TableConfig, questions: dict[str, list[Question]]) -> dict[t
     rows: dict[str, Row] = {}
     models: dict[str, Any] = {}
     kept_at: dict[str, Path] = {}
-    history: dict[str, str] = {row.name: "" for row in config.rows}  # a warm method's cell stands on those before it
+    history: dict[str, str] = {
+        row.name: head_stamp(row.head) for row in config.rows
+    }  # a warm method's cell stands on those before it
     for done, (task, row) in enumerate((task, row) for task in questions for row in config.rows):
         key = cell_key(config.model, config.draft, config.dtype, config.seed, config.size, row, questions[task])
         history[row.name] = key = cell_key(key, history[row.name])
@@ -146,8 +155,9 @@ def measure(config: TableConfig, questions: dict[str, list[Question]]) -> dict[t
 
 def _row(config: TableConfig, row: TableRow, models: dict[str, Any]) -> Row:
     """Returns the row's method on the table's model; loads each model once."""
-    from decoding import WithDraft, make_decode_fn
+    from decoding import WithDraft, WithHead, make_decode_fn
     from models import load_model
+    from models.acceptance_head import load_head
 
     for name in [config.model] + ([config.draft] if row.draft and config.draft else []):
         if name not in models:
@@ -158,6 +168,9 @@ def _row(config: TableConfig, row: TableRow, models: dict[str, Any]) -> Row:
         if config.draft is None:
             raise InputError(f"row {row.name!r} drafts with a second model: name it in draft")
         options["draft"], draft_params, _ = models[config.draft]
+        if row.head is not None:
+            head = load_head(row.head, config.draft, options["draft"].config.width)
+            draft_params = WithHead(draft_params, *head)
         params = WithDraft(params, draft_params)
     sampling = {name: value for name, value in dataclasses.asdict(row.sampling).items() if value is not None}
     stops = () if tokenizer is None else tokenizer.stop_ids
@@ -212,6 +225,9 @@ def main(argv: list[str] | None = None) -> None:
     with locked(config.folder):
         (config.folder / "runs").mkdir(exist_ok=True)
         save_config(config, config.folder / "config.yaml")
+        for row in config.rows:
+            if row.head is not None and config.draft is not None:
+                ensure_head(row.head, row.train, config.model, config.draft, config.dtype)
         cells = measure(config, questions)
         written = write_table(config, cells, questions)
     print(f"\n{written}\nsaved in {config.folder}{os.sep}")

@@ -15,6 +15,8 @@ import pytest
 from decoding import METHODS, make_decode_fn
 from decoding.autoregressive import SAMPLE, NoOptions, make_sample
 from decoding.method import Method, Steps, WithDraft
+from decoding.speculative.specdec_pp import WithHead
+from models.acceptance_head import AcceptanceHead
 from models.decoder import Decoder
 from tests.support.decode_reference import (
     PROMPTS,
@@ -36,6 +38,7 @@ SMALL = {  # options of methods that take long to compile
     "rapid": {"length": 3},
     "rsd_c": {"children": (3, 2)},
     "rsd_s": {"beams": 3, "depth": 2},
+    "specdec_pp": {"longest": 3},
     "speculative_sampling": {"length": 3},
     "token_recycling": {"width": 20},
 }
@@ -66,7 +69,11 @@ def made(name: str, model, params, room: int):
     keys = jax.random.split(jax.random.key(5), len(leaves))
     off = [x + 0.1 * jnp.std(x) * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
     fn = make_decode_fn(model, name, max_new_tokens=room, draft=draft, **options)
-    return fn, WithDraft(params, jax.tree.unflatten(structure, off))
+    drafts = jax.tree.unflatten(structure, off)
+    if METHODS[name].head:  # whose word is as good as any, and changes from token to token
+        head = AcceptanceHead().init(jax.random.key(3), jnp.zeros((1, model.config.width)))["params"]
+        drafts = WithHead(drafts, jax.tree.map(lambda x: 9.0 * x, head))
+    return fn, WithDraft(params, drafts)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -10,9 +10,10 @@ from experiments.bench import BenchConfig
 from experiments.config import dump_config, load_config
 from experiments.decode import DecodeConfig
 from experiments.reproduce import TableConfig
+from experiments.train_acceptance_head import HeadConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-KINDS = {"decode": DecodeConfig, "bench": BenchConfig, "tables": TableConfig}
+KINDS = {"decode": DecodeConfig, "bench": BenchConfig, "tables": TableConfig, "train": HeadConfig}
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
 

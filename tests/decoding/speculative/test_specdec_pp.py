@@ -1,0 +1,154 @@
+"""Chains that end by a stop rule: their lengths, what they cost, and that no rule changes a text."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decoding import WithDraft, WithHead, make_decode_fn
+from decoding.speculative.specdec_pp import log_bound
+from models.acceptance_head import AcceptanceHead
+from models.errors import InputError
+from tests.support.decode_reference import PROMPTS, ROOM, greedy_texts, row_seeds, texts
+
+LONGEST = 4
+
+
+def constant_head(width: int, accept: float) -> dict:
+    """A head that says the same of every token, with log-odds `accept`."""
+    head = AcceptanceHead().init(jax.random.key(0), jnp.zeros((1, width)))["params"]
+    head = jax.tree.map(jnp.zeros_like, head)
+    return {**head, "out": {**head["out"], "bias": jnp.array([0.0, accept])}}
+
+
+def random_head(width: int, seed: int = 3) -> dict:
+    """A head whose word changes from token to token."""
+    head = AcceptanceHead().init(jax.random.key(seed), jnp.zeros((1, width)))["params"]
+    return jax.tree.map(lambda x: 9.0 * x, head)
+
+
+SURE, NEVER = constant_head(32, 1e4), constant_head(32, -1e4)
+
+
+def made(tiny, **options):
+    return make_decode_fn(tiny[0], "specdec_pp", max_new_tokens=ROOM, draft=tiny[0], **{"longest": LONGEST, **options})
+
+
+def steps_taken(fn, params, num: int, **settings):
+    """Returns the stats after `num` steps that no row's limit has cut."""
+    inputs = fn.inputs(PROMPTS, row_seeds(), **settings)
+    return jax.tree.map(np.asarray, fn.advance(params, fn.start(params, *inputs), num).stats)
+
+
+def weaker(params):
+    """The model, its weights somewhat off: a draft that is sometimes right."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    off = [x + 0.05 * jnp.std(x) * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, off)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "head", "length"),
+    [(1.0, NEVER, LONGEST), (0.0, SURE, LONGEST), (0.7, SURE, LONGEST), (0.7, NEVER, 2), (0.0, random_head(32), 2)],
+    ids=["h=1", "surely accepted, h=0", "surely accepted", "never accepted", "h=0"],
+)
+def test_extremes(tiny, threshold, head, length):
+    fn = made(tiny, threshold=threshold)
+    stats = steps_taken(fn, WithDraft(tiny[1], WithHead(tiny[1], head)), 3)
+    np.testing.assert_array_equal(stats.drafted, [3 * length] * len(PROMPTS))
+    np.testing.assert_array_equal(stats.draft_calls, stats.drafted)
+
+
+@pytest.mark.parametrize(("threshold", "length"), [(0.7, 3), (0.6, 3), (0.5, 3), (0.45, 2), (0.8, 4)])
+def test_the_head_speaks_of_the_token_before(tiny, threshold, length):
+    """At one half per token, 1 - product is 0, 1/2, 3/4 after the draws of tokens 1, 2, 3."""
+    fn = made(tiny, threshold=threshold, shortest=1)
+    stats = steps_taken(fn, WithDraft(tiny[1], WithHead(tiny[1], constant_head(32, 0.0))), 2)
+    np.testing.assert_array_equal(stats.drafted, [2 * length] * len(PROMPTS))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_the_model_as_its_own_draft_is_always_accepted(tiny, temperature):
+    """So its cache must be right after chains of every length, whole ones too: one wrong key would show."""
+    model, params = tiny
+    fn, settings = made(tiny), {"temperature": temperature}
+    whole = steps_taken(fn, WithDraft(params, WithHead(params, SURE)), 4, **settings)
+    np.testing.assert_array_equal(whole.emitted, [4 * (LONGEST + 1)] * len(PROMPTS))
+    some = steps_taken(fn, WithDraft(params, WithHead(params, random_head(32))), 4, **settings)
+    np.testing.assert_array_equal(some.accepted, some.drafted)
+    assert len(set(some.drafted.tolist())) > 2, "rows must end their chains at different lengths"
+    assert (some.histogram[:, 3:].sum(axis=0) > 0).sum() > 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_every_drafted_token_is_accounted_for(tiny, temperature):
+    """Drafted = new + discarded - target calls, as long as no text is cut."""
+    fn = made(tiny)
+    params = WithDraft(tiny[1], WithHead(weaker(tiny[1]), random_head(32)))
+    stats = steps_taken(fn, params, 4, temperature=temperature)
+    discarded = stats.drafted - stats.accepted
+    assert (discarded > 0).any() and (stats.accepted > 0).any()
+    np.testing.assert_array_equal(stats.drafted, stats.emitted + discarded - stats.target_calls)
+
+
+@pytest.mark.parametrize("stop", ["head", "entropy"])
+def test_no_head_changes_greedy_text(tiny, stop):
+    model, params = tiny
+    plain = greedy_texts(model, params, PROMPTS, ROOM)
+    wrong = {**params, "final_norm": jax.tree.map(jnp.negative, params["final_norm"])}
+    heads = [random_head(32, seed) for seed in range(2)] + [SURE, NEVER] if stop == "head" else [None]
+    fn = made(tiny, stop=stop, threshold=0.5)
+    for draft in (weaker(params), wrong):
+        for head in heads:
+            both = WithDraft(params, draft if head is None else WithHead(draft, head))
+            assert texts(fn(both, PROMPTS)) == plain
+            assert texts(fn(both, PROMPTS[2:3])) == plain[2:3]
+
+
+def test_a_drafted_stop_token_ends_the_chain(tiny):
+    model, params = tiny
+    plain = greedy_texts(model, params, PROMPTS, ROOM)
+    stop = plain[0][1]  # the second token of the first chain
+    fn = made(tiny, stop_tokens=[stop])
+    both = WithDraft(params, WithHead(params, SURE))
+    output = fn(both, PROMPTS)
+    assert texts(output) == [text[: text.index(stop) + 1] if stop in text else text for text in plain]
+    stats = jax.tree.map(np.asarray, output.stats)
+    assert (stats.steps[0], stats.drafted[0], stats.accepted[0], stats.emitted[0]) == (1, 2, 2, 2)
+    assert stats.drafted.max() > 2, "rows without the token draft on"
+
+
+def test_the_entropys_bound(tiny):
+    """Certain laws are accepted for sure; a uniform one over n tokens with 1 - sqrt(0.2 ln n)."""
+    laws = jnp.array([[1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0], [0.25] * 4])
+    expected = 1 - np.sqrt(0.2 * np.log([1, 2, 4]))
+    np.testing.assert_allclose(np.exp(log_bound(laws)), expected, rtol=1e-5)
+    assert np.exp(log_bound(jnp.full((1, 256), 1 / 256)))[0] == 0
+    for threshold, shortest, length in ((0.0, 1, 1), (0.0, 3, 3), (1.0, 1, LONGEST)):
+        fn = made(tiny, stop="entropy", threshold=threshold, shortest=shortest)
+        stats = steps_taken(fn, WithDraft(tiny[1], tiny[1]), 3)
+        np.testing.assert_array_equal(stats.drafted, [3 * length] * len(PROMPTS))
+
+
+def test_params_of_the_wrong_kind(tiny):
+    params = tiny[1]
+    for stop, given, message in (
+        ("head", params, r"takes WithDraft\(target, WithHead\(draft, head\)\)"),
+        ("entropy", WithHead(params, SURE), "without a head"),
+    ):
+        with pytest.raises(InputError, match=message):
+            made(tiny, stop=stop)(WithDraft(params, given), PROMPTS)
+    with pytest.raises(InputError, match="takes WithDraft"):
+        made(tiny)(params, PROMPTS)
+
+
+def test_options_that_cannot_be(tiny):
+    for options, message in (
+        ({"stop": "entropi"}, "Did you mean 'entropy'"),
+        ({"threshold": 1.5}, "threshold is a probability"),
+        ({"shortest": 0}, "shortest must be at least 1"),
+        ({"shortest": 5}, "longest at least shortest"),
+    ):
+        with pytest.raises(InputError, match=message):
+            made(tiny, **options)
