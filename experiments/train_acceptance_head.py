@@ -114,7 +114,8 @@ def run(config: HeadConfig) -> dict[str, Any]:
     found = collect_all(config)
 
     def report(epoch: int, loss: float, figures: Scores) -> None:
-        print(f"epoch {epoch:>3}  loss {loss:.4f}  dev KL {figures.kl:.4f}  ECE {figures.ece:.4f}", flush=True)
+        trained = f"epoch {epoch:>3}  loss {loss:.4f}" if epoch else "before training       "
+        print(f"{trained}  dev KL {figures.kl:.4f}  ECE {figures.ece:.4f}", flush=True)
 
     params, history = train(found["train"], found["dev"], settings, report)
     dev, test = scores(settings, params, found["dev"]), scores(settings, params, found["test"])

@@ -243,7 +243,8 @@ def _epoch(config: TrainConfig, updates: int, params: Any, state: Any, hidden: A
             )
 
         value, gradient = jax.value_and_grad(of)(params)
-        change, state = optimiser(config, updates).update(gradient, state, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to counts
+            change, state = optimiser(config, updates).update(gradient, state, params)
         return (optax.apply_updates(params, change), state), value
 
     (params, state), values = jax.lax.scan(update, (params, state), order)

@@ -93,7 +93,8 @@ def save_head(path: Path, params: Mapping[str, Any], *, draft: str, depth: int, 
     except OSError as error:
         raise InputError(f"cannot write the head to {path}: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.is_file():
+            partial.unlink()
 
 
 def load_head(path: Path, draft: str, width: int) -> tuple[dict[str, Any], int]:
@@ -124,17 +125,9 @@ def load_head(path: Path, draft: str, width: int) -> tuple[dict[str, Any], int]:
         raise InputError(
             f"{path} is a head for draft {facts['draft']!r}, not for {Path(draft).name!r}: train one for this draft"
         )
-    wanted = head_shapes(width)
-    if jax.tree.map(jnp.shape, params) != wanted:
-        raise InputError(
-            f"{path} does not fit a draft of width {width}: wanted {wanted}, got {jax.tree.map(jnp.shape, params)}"
-        )
-    return params, int(facts["depth"])
-
-
-def head_shapes(width: int) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Returns the shapes of a head's parameters for a draft of width D."""
-    return {
-        "block": {"bias": (width,), "kernel": (width, width)},
-        "out": {"bias": (2,), "kernel": (width, 2)},
-    }
+    depth = int(facts["depth"])
+    fresh = jax.eval_shape(AcceptanceHead(depth).init, jax.random.key(0), jax.ShapeDtypeStruct((1, width), jnp.float32))
+    wanted, found = (jax.tree.map(jnp.shape, tree) for tree in (fresh["params"], params))
+    if found != wanted:
+        raise InputError(f"{path} does not fit a draft of width {width}: wanted {wanted}, got {found}")
+    return params, depth

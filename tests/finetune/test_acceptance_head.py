@@ -95,12 +95,12 @@ def test_hidden_states_are_of_the_mixed_text(labelled):
 
 def test_collect(tiny):
     model, params = tiny
-    prompts = [[1, 2, 3], [4] * 9, [5, 6]]
+    prompts = [[1, 2, 3], [4] * 9, [5, 6], [7] * 16]
     seen = []
     settings = {"max_new_tokens": 6, "batch_size": 2, "report": seen.append}
     own = collect(model, params, model, params, prompts, **settings)
     assert own.hidden.dtype == np.float16 and own.accept.dtype == np.float32
-    assert own.hidden.shape == (len(own.accept), 32) and 9 < len(own.accept) <= 18 and seen == [2, 3]
+    assert own.hidden.shape == (len(own.accept), 32) and 12 < len(own.accept) <= 24 and seen == [2, 4]
     np.testing.assert_allclose(own.accept, 1.0, atol=1e-4)
     again = collect(model, params, model, params, prompts, **settings)
     np.testing.assert_array_equal(own.hidden, again.hidden)
@@ -119,7 +119,8 @@ def least(of, accept: float) -> float:
     def update(carry, _):
         x, state = carry
         gradient = jax.grad(lambda x: of(jnp.stack([jnp.zeros(()), x])[None], label_of))(x)
-        change, state = optimiser.update(gradient, state)
+        with jax.numpy_dtype_promotion("standard"):
+            change, state = optimiser.update(gradient, state)
         return (x + change, state), None
 
     start = jnp.zeros(())
@@ -188,12 +189,13 @@ def test_what_can_be_learned_is_learned():
 
 
 def test_training_stops_where_nothing_is_learned():
-    """Held-out labels that contradict what is learned: the first epochs are the best, and the last ones never run."""
+    """Held-out labels that a fresh head has right: it is the best there is, and most epochs never run."""
     train_on = learnable(0, 500)
-    params, history = train(train_on, Features(train_on.hidden, 1.0 - train_on.accept), CONFIG, quiet)
-    assert len(history) <= CONFIG.patience + 3
-    start = AcceptanceHead().init(jax.random.key(0), jnp.zeros((1, 16)))["params"]
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, start)
+    held_out = Features(train_on.hidden * np.float16(0.01), np.full(500, 6 / 7, np.float32))
+    params, history = train(train_on, held_out, CONFIG, quiet)
+    assert len(history) == CONFIG.patience + 1 and history[0].kl < 1e-3
+    start = AcceptanceHead().init(jax.random.key(CONFIG.seed), jnp.zeros((1, 16)))["params"]
+    jax.tree.map(np.testing.assert_array_equal, params, start)
 
 
 def test_settings_that_cannot_be():
