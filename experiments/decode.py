@@ -42,7 +42,7 @@ class DecodeConfig:
     method: str = "greedy"  # a decoding method
     draft: str | None = None  # the model that drafts, by name or path, for methods that draft with a second one
     head: Path | None = (
-        None  # the draft's acceptance head (experiments.train_acceptance_head), for methods that use one
+        None  # the draft's acceptance head, for methods that use one (experiments.train_acceptance_head)
     )
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # the method's own static options
     sampling: SamplingSettings = SamplingSettings()

@@ -124,9 +124,8 @@ def measure(config: TableConfig, questions: dict[str, list[Question]]) -> dict[t
     rows: dict[str, Row] = {}
     models: dict[str, Any] = {}
     kept_at: dict[str, Path] = {}
-    history: dict[str, str] = {
-        row.name: head_stamp(row.head) for row in config.rows
-    }  # a warm method's cell stands on those before it
+    # A warm method's cell stands on those before it, and one with a head on the head.
+    history: dict[str, str] = {row.name: head_stamp(row.head) for row in config.rows}
     for done, (task, row) in enumerate((task, row) for task in questions for row in config.rows):
         key = cell_key(config.model, config.draft, config.dtype, config.seed, config.size, row, questions[task])
         history[row.name] = key = cell_key(key, history[row.name])

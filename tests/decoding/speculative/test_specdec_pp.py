@@ -6,10 +6,21 @@ import numpy as np
 import pytest
 
 from decoding import WithDraft, WithHead, make_decode_fn
+from decoding.speculative import specdec_pp
 from decoding.speculative.specdec_pp import log_bound
 from models.acceptance_head import AcceptanceHead
 from models.errors import InputError
-from tests.support.decode_reference import PROMPTS, ROOM, greedy_texts, row_seeds, small_law_model, texts
+from tests.support.decode_reference import (
+    PROMPTS,
+    ROOM,
+    chi_squared_p,
+    forward,
+    greedy_texts,
+    row_seeds,
+    small_law_model,
+    softmax,
+    texts,
+)
 
 LONGEST = 4
 SHORT = [[2, 0, 3], [1], [4, 4, 0, 1, 2]]
@@ -50,11 +61,11 @@ def lengths(head=None, **options) -> list[int]:
     return stats.drafted.tolist()
 
 
-def weaker(params):
+def weaker(params, by: float = 0.05):
     """The model, its weights somewhat off: a draft that is sometimes right."""
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(5), len(leaves))
-    off = [x + 0.05 * jnp.std(x) * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+    off = [x + by * jnp.std(x) * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
     return jax.tree.unflatten(structure, off)
 
 
@@ -115,6 +126,29 @@ def test_no_head_changes_greedy_text(tiny, stop):
             assert texts(fn.output(state)) == plain
             if stop == "head":
                 assert texts(fn(both, PROMPTS[2:3])) == plain[2:3]
+
+
+def test_a_token_may_not_be_dropped_for_what_it_is(monkeypatch):
+    """Chains that end before a token that was looked at no longer follow the target's law; those of the method do."""
+    model, params = small_law_model()
+    law = softmax(np.asarray(forward(model, params, np.array([SHORT[0]], np.int32)), np.float64)[0, -1])
+    both = WithDraft(params, WithHead(weaker(params, 0.1), random_head(8)))
+
+    def chance(threshold: float) -> float:
+        options = {"draft": model, "longest": 2, "shortest": 1, "threshold": threshold}
+        fn = make_decode_fn(model, "specdec_pp", max_new_tokens=1, **options)
+        return chi_squared_p(np.asarray(fn(both, SHORT[:1] * 8_000, temperature=1.0).tokens)[:, 0], law)
+
+    assert chance(0.7) > 1e-3
+    whole = specdec_pp.with_next
+
+    def dropping(so_far, logits, log_read, round_, step, *settings):
+        after = whole(so_far, logits, log_read, round_, step, *settings)
+        disliked = so_far.going & (after.tokens[:, step + 1] == int(law.argmax()))
+        return after.replace(length=jnp.where(disliked, so_far.length, after.length), going=after.going & ~disliked)
+
+    monkeypatch.setattr(specdec_pp, "with_next", dropping)
+    assert chance(0.71) < 1e-6, "another threshold: another compilation"
 
 
 def test_a_drafted_stop_token_ends_the_chain(tiny):
