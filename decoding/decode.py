@@ -20,6 +20,7 @@ from decoding.arguments import read_keys, read_limit, read_sampling, whole_numbe
 from decoding.entropy_adaptive import ENTROPY_ADAPTIVE
 from decoding.method import Call, Method, Steps, WithDraft, target_params
 from decoding.prefill import Prompts, pad_prompts, prefill
+from decoding.speculative.aded import ADED
 from decoding.speculative.dyspec import DYSPEC
 from decoding.speculative.prompt_lookup import PROMPT_LOOKUP
 from decoding.speculative.rapid import RAPID
@@ -34,6 +35,7 @@ from models.errors import InputError, unknown_name
 METHODS: dict[str, Method] = {
     "greedy": autoregressive.GREEDY,
     "sample": autoregressive.SAMPLE,
+    "aded": ADED,
     "dyspec": DYSPEC,
     "entropy_adaptive": ENTROPY_ADAPTIVE,
     "prompt_lookup": PROMPT_LOOKUP,

@@ -34,6 +34,7 @@ from tests.support.decode_reference import (
 DRAWS = 40_000
 PROMPT = [2, 0, 3]
 SMALL = {  # options of methods that take long to compile
+    "aded": {"slots": 256, "iterations": 20, "sentences": 6},
     "dyspec": {"budget": 5, "frontier": 3, "depth": 3},
     "rapid": {"length": 3},
     "rsd_c": {"children": (3, 2)},
