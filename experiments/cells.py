@@ -90,7 +90,7 @@ class Row:
 
     def __init__(self, tokenizer: Any, decode_fn: Any, params: Any, sampling: dict, retrieval: Retrieval | None = None):
         """Takes a decode function and what it is called with; raises InputError for a model without a chat template."""
-        if tokenizer is None or tokenizer.chat_template is None:
+        if tokenizer.chat_template is None:
             raise InputError("the model has no chat template: choose an instruction-tuned model")
         self.tokenizer, self.decode_fn, self.sampling, self.retrieval = tokenizer, decode_fn, sampling, retrieval
         self.warm: Any = None

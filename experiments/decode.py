@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments.config import load_config
+from experiments.loading import Loader
 from experiments.runtime import run_main, setup_runtime
 from experiments.timed import TimedDecode
 from models.errors import InputError, unknown_name
@@ -135,32 +136,19 @@ class Runner:
         """Loads the model; raises InputError for whatever the config has wrong about it."""
         import jax
 
-        from decoding import WithDraft, WithHead, make_decode_fn
-        from models import load_model
-        from models.acceptance_head import load_head
-
         check_method(config)
         begin = time.perf_counter()
-        self.model, self.params, self.tokenizer = load_model(config.model, config.dtype)
-        options = dict(config.options)
-        if config.draft is not None:
-            options["draft"], draft_params, _ = load_model(config.draft, config.dtype)
-            if config.head is not None:
-                head = load_head(config.head, config.draft, options["draft"].config.width)
-                draft_params = WithHead(draft_params, *head)
-            self.params = WithDraft(self.params, draft_params)
-        jax.block_until_ready(self.params)
-        self.load_seconds = time.perf_counter() - begin
-        if self.tokenizer is None:
-            raise InputError(f"{config.model} has no tokenizer.json: put the model's tokenizer.json into the folder")
-        self.config = config
-        self.decode_fn = make_decode_fn(
-            self.model,
+        self.decode_fn, params, self.tokenizer = Loader(config.dtype).decode_fn(
+            config.model,
             config.method,
+            config.options,
+            draft=config.draft,
+            head=config.head,
             max_new_tokens=config.max_new_tokens,
-            stop_tokens=self.tokenizer.stop_ids,
-            **options,
         )
+        self.params = jax.block_until_ready(params)
+        self.load_seconds = time.perf_counter() - begin
+        self.config = config
         self.timed = TimedDecode(self.decode_fn, self.params)
         self.device = str(jax.devices()[0].device_kind)
 

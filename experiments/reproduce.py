@@ -18,6 +18,7 @@ from experiments.cells import Cell, Retrieval, Row, cell_key, load_cell, save_ce
 from experiments.config import load_config, save_config
 from experiments.decode import SamplingSettings
 from experiments.generated import generate
+from experiments.loading import Loader
 from experiments.questions import Question, read_questions
 from experiments.runtime import run_main, setup_runtime
 from experiments.tables import write_table
@@ -122,7 +123,7 @@ def measure(config: TableConfig, questions: dict[str, list[Question]]) -> dict[t
     runs = config.folder / "runs"
     cells: dict[tuple[str, str], Cell] = {}
     rows: dict[str, Row] = {}
-    models: dict[str, Any] = {}
+    loader = Loader(config.dtype)
     kept_at: dict[str, Path] = {}
     # A warm method's cell stands on those before it, and one with a head on the head.
     history: dict[str, str] = {row.name: head_stamp(row.head) for row in config.rows}
@@ -133,7 +134,7 @@ def measure(config: TableConfig, questions: dict[str, list[Question]]) -> dict[t
         cell = load_cell(path, key)
         kept = cell is not None
         if row.name not in rows and not kept:
-            rows[row.name] = _row(config, row, models)
+            rows[row.name] = _row(config, row, loader)
             if row.name in kept_at:
                 rows[row.name].take_warm(kept_at[row.name])
         if cell is None:
@@ -152,30 +153,19 @@ def measure(config: TableConfig, questions: dict[str, list[Question]]) -> dict[t
     return cells
 
 
-def _row(config: TableConfig, row: TableRow, models: dict[str, Any]) -> Row:
-    """Returns the row's method on the table's model; loads each model once."""
-    from decoding import WithDraft, WithHead, make_decode_fn
-    from models import load_model
-    from models.acceptance_head import load_head
-
-    for name in [config.model] + ([config.draft] if row.draft and config.draft else []):
-        if name not in models:
-            models[name] = load_model(name, config.dtype)
-    model, params, tokenizer = models[config.model]
-    options = dict(row.options)
-    if row.draft:
-        if config.draft is None:
-            raise InputError(f"row {row.name!r} drafts with a second model: name it in draft")
-        options["draft"], draft_params, _ = models[config.draft]
-        if row.head is not None:
-            head = load_head(row.head, config.draft, options["draft"].config.width)
-            draft_params = WithHead(draft_params, *head)
-        params = WithDraft(params, draft_params)
-    sampling = {name: value for name, value in dataclasses.asdict(row.sampling).items() if value is not None}
-    stops = () if tokenizer is None else tokenizer.stop_ids
-    decode_fn = make_decode_fn(
-        model, row.method, max_new_tokens=config.size.max_new_tokens, stop_tokens=stops, **options
+def _row(config: TableConfig, row: TableRow, loader: Loader) -> Row:
+    """Returns the row's method on the table's model."""
+    if row.draft and config.draft is None:
+        raise InputError(f"row {row.name!r} drafts with a second model: name it in draft")
+    decode_fn, params, tokenizer = loader.decode_fn(
+        config.model,
+        row.method,
+        row.options,
+        draft=config.draft if row.draft else None,
+        head=row.head,
+        max_new_tokens=config.size.max_new_tokens,
     )
+    sampling = {name: value for name, value in dataclasses.asdict(row.sampling).items() if value is not None}
     return Row(tokenizer, decode_fn, params, sampling, row.retrieval)
 
 

@@ -30,7 +30,7 @@ from flax import struct
 
 from decoding.method import Call, Method, Steps
 from decoding.prefill import Prompts
-from decoding.speculative.drafter import Drafter, Round, Seen
+from decoding.speculative.drafter import Drafter, Round, Seen, sizes_below
 from decoding.speculative.loop import make_speculative
 from decoding.speculative.tree import TokenTree
 from decoding.speculative.trigrams import (
@@ -246,7 +246,9 @@ def make_aded(model: Decoder, options: AdedOptions, stop_tokens: tuple[int, ...]
     def cold() -> Trigrams:
         return empty_table(options.slots, model.config.vocab_size)
 
-    drafter = Drafter(width, DEPTH + 2, "node", init, propose, observe, cold, lambda state: state.table)
+    drafter = Drafter(
+        width, DEPTH + 2, "node", init, propose, observe, cold, lambda state: state.table, sizes_below(width)
+    )
     return make_speculative(model, drafter, stop_tokens)
 
 

@@ -53,6 +53,14 @@ class Seen:
     emitted: jax.Array
 
 
+SIZES = (1, 4, 8, 16, 32)  # of passes, where a drafter's trees vary in size
+
+
+def sizes_below(width: int) -> tuple[int, ...]:
+    """Returns the usual numbers of rows below a tree's width, for `Drafter.smaller`."""
+    return tuple(size for size in SIZES if size < width)
+
+
 class Drafter(NamedTuple):
     """A drafter made for one model.
 

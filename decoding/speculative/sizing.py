@@ -25,12 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from decoding.speculative.drafter import SIZES
 from models.attention import TreeRows, tree_attend
 from models.cache import init_cache
 from models.decoder import Decoder
 from models.errors import InputError
 
-SIZES = (1, 4, 8, 16, 32)
 _BINS = 8  # of the chance that a candidate had when it was noted
 _PRIOR = 4.0  # trials that the noted chance itself counts for
 

@@ -14,8 +14,8 @@ be dropped: the verifier is the usual one and the text's law that of the target,
 at least max(0, 1 - sqrt(0.2 H(q))), H the entropy in nats. The law is known before the draw, so that here the product
 is over tokens 1 to s. AdaEDL itself compares the newest token's bound alone with a threshold that it adapts.
 
-The tree has `longest` + 1 rows in every step, and the target reads them all: shapes are static. Where reading rows is
-dear (a CPU) choose `longest` close to the lengths that are drafted. The paper's 20 is for a large target on a GPU.
+The target reads the smallest of a few fixed numbers of rows (`drafter.sizes_below`) that holds the longest chain of the
+batch.
 
 Axis letters: B batch, N = `longest`, V vocabulary.
 """
@@ -40,7 +40,7 @@ from decoding.speculative.draft_model import (
     read_newest,
     start_stream,
 )
-from decoding.speculative.drafter import Drafter, Round, Seen
+from decoding.speculative.drafter import Drafter, Round, Seen, sizes_below
 from decoding.speculative.loop import make_speculative
 from decoding.speculative.tree import chain
 from models.acceptance_head import AcceptanceHead, log_accept, read_hidden
@@ -216,7 +216,8 @@ def make_specdec_pp(model: Decoder, options: SpecDecPPOptions, stop_tokens: tupl
     def observe(params: Any, state: SpecDecPPState, seen: Seen) -> SpecDecPPState:
         return state.replace(stream=keep(state.stream, seen.verified, seen.verified.tokens, state.length))
 
-    drafter = Drafter(template.width, template.width, "rrs_wor", init, propose, observe)
+    smaller = tuple(size for size in sizes_below(template.width) if size > options.shortest)
+    drafter = Drafter(template.width, template.width, "rrs_wor", init, propose, observe, smaller=smaller)
     return make_speculative(model, drafter, stop_tokens)
 
 

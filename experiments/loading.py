@@ -1,0 +1,78 @@
+"""What the mains decode with: models, drafts and heads by name, and a decode function over them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from models.errors import InputError
+
+MEASURED = "measured"  # as an option `latency`: the curve of this machine
+
+
+class Loader:
+    """Loads each model once."""
+
+    def __init__(self, dtype: str | None):
+        """Takes the dtype of all models; None: as stored."""
+        self.dtype = dtype
+        self._models: dict[str, Any] = {}
+
+    def model(self, name: str) -> tuple[Any, Any, Any]:
+        """Returns (model, params, tokenizer) of a registry name or path."""
+        from models import load_model
+
+        if name not in self._models:
+            self._models[name] = load_model(name, self.dtype)
+        return self._models[name]
+
+    def decode_fn(
+        self,
+        name: str,
+        method: str,
+        options: Mapping[str, Any],
+        *,
+        draft: str | None,
+        head: Path | None,
+        max_new_tokens: int,
+    ) -> tuple[Any, Any, Any]:
+        """Returns (decode function, the params to call it with, tokenizer).
+
+        Args:
+            name: the model.
+            method: a decoding method.
+            options: its own static options; `latency: measured` stands for the curve of this machine.
+            draft: the model that drafts, or None.
+            head: the draft's acceptance head, or None.
+            max_new_tokens: room for new tokens.
+
+        Raises:
+            InputError: a model without a tokenizer, a head of another draft, or options that do not fit.
+        """
+        from decoding import WithDraft, make_decode_fn
+
+        model, params, tokenizer = self.model(name)
+        if tokenizer is None:
+            raise InputError(f"{name} has no tokenizer.json: put the model's tokenizer.json into the folder")
+        options = dict(options)
+        if options.get("latency") == MEASURED:
+            options["latency"] = _curve(model, params)
+        if draft is not None:
+            options["draft"], drafts, _ = self.model(draft)
+            params = WithDraft(params, drafts if head is None else _with_head(draft, options["draft"], drafts, head))
+        stops = tokenizer.stop_ids
+        decode_fn = make_decode_fn(model, method, max_new_tokens=max_new_tokens, stop_tokens=stops, **options)
+        return decode_fn, params, tokenizer
+
+
+def _curve(model: Any, params: Any) -> Any:
+    from decoding.speculative.sizing import latency_curve
+    from models.weights.fetch import cache_folder
+
+    return latency_curve(model, params, cache_folder() / "latency")
+
+
+def _with_head(name: str, draft: Any, params: Any, head: Path) -> Any:
+    from decoding import WithHead
+    from models.acceptance_head import load_head
+
+    return WithHead(params, *load_head(head, name, draft.config.width))
