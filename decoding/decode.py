@@ -119,6 +119,7 @@ class DecodeFn:
     def __init__(self, plan: Plan):
         """Wraps a plan; users call `make_decode_fn`."""
         self.plan = plan
+        self._advances: dict[Any, Callable] = {}  # compiled, by the shapes of params and state
 
     def __call__(
         self,
@@ -176,12 +177,17 @@ class DecodeFn:
     def compile(self, params: Any, prompts: Prompts, call: Call) -> tuple[Callable, Callable]:
         """Returns (start, advance) compiled for arrays of these shapes, with the signatures of the two methods above.
 
-        For callers who want compilation to be a step of its own.
+        For callers who want compilation to be a step of its own. With `cache_slots`, prompts of all buckets share one
+        compiled `advance`.
         """
         steps = jnp.asarray(self.plan.room, jnp.int32)
         start_compiled = _start.lower(self.plan, params, prompts, call).compile()
         state = jax.eval_shape(functools.partial(start, self.plan), params, prompts, call)
-        advance_compiled = _advance.lower(self.plan, params, state, steps).compile()
+        leaves, structure = jax.tree.flatten((params, state))
+        key = structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+        if key not in self._advances:
+            self._advances[key] = _advance.lower(self.plan, params, state, steps).compile()
+        advance_compiled = self._advances[key]
 
         def run(params: Any, state: DecodeState, max_steps: int | None = None) -> DecodeState:
             return advance_compiled(params, state, steps if max_steps is None else jnp.asarray(max_steps, jnp.int32))

@@ -85,6 +85,17 @@ class Retrieval:
             raise ValueError("tokens must be at least 1")
 
 
+def longest_prompt(questions: Sequence[Question], tokenizer: Any, max_new_tokens: int) -> int:
+    """Returns the bucket that holds every prompt, replies of earlier turns included."""
+    from decoding.prefill import bucket_length
+
+    def length(question: Question) -> int:
+        own = [{"role": "user", "content": turn} for turn in (question.document, *question.turns)]
+        return sum(len(tokenizer.encode_chat([message])) for message in own) + len(question.turns) * max_new_tokens
+
+    return bucket_length(max(map(length, questions)))
+
+
 class Row:
     """A method with its model: measures cells, and hands what stays warm from one to the next."""
 

@@ -9,12 +9,12 @@ table.md, table.csv, plot.png and runs/ to results/<table>/<preset>.
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.cells import Cell, Retrieval, Row, cell_key, load_cell, save_cell
+from experiments.cells import Cell, Retrieval, Row, cell_key, load_cell, longest_prompt, save_cell
 from experiments.config import load_config, save_config
 from experiments.decode import SamplingSettings
 from experiments.generated import generate
@@ -63,6 +63,7 @@ class Preset:
     per_task: int = 1  # questions of each task
     max_new_tokens: int = 64  # per turn
     tasks: tuple[str, ...] = ()  # which tasks; none: all of the file's
+    rows: tuple[str, ...] = ()  # which rows besides plain; none: all
     document_words: int = 400  # length of generated documents
 
     def __post_init__(self) -> None:
@@ -106,11 +107,18 @@ class TableConfig:
         for claim in self.claims:
             if not {claim.row, claim.than} <= set(names):
                 raise ValueError(f"claim {claim.text!r} must compare rows of this table: {', '.join(names)}")
+        if not set(self.size.rows) <= set(names):
+            raise ValueError(f"preset {self.preset} must choose among the rows of this table: {', '.join(names)}")
 
     @property
     def size(self) -> Preset:
         """The preset that is run."""
         return getattr(self.presets, self.preset)
+
+    @property
+    def chosen(self) -> tuple[TableRow, ...]:
+        """The rows that are measured."""
+        return tuple(row for row in self.rows if not self.size.rows or row.name in ("plain", *self.size.rows))
 
     @property
     def folder(self) -> Path:
@@ -126,15 +134,17 @@ def measure(config: TableConfig, questions: dict[str, list[Question]]) -> dict[t
     loader = Loader(config.dtype)
     kept_at: dict[str, Path] = {}
     # A warm method's cell stands on those before it, and one with a head on the head.
-    history: dict[str, str] = {row.name: head_stamp(row.head) for row in config.rows}
-    for done, (task, row) in enumerate((task, row) for task in questions for row in config.rows):
-        key = cell_key(config.model, config.draft, config.dtype, config.seed, config.size, row, questions[task])
+    history: dict[str, str] = {row.name: head_stamp(row.head) for row in config.chosen}
+    for done, (task, row) in enumerate((task, row) for task in questions for row in config.chosen):
+        key = cell_key(
+            config.model, config.draft, config.dtype, config.seed, config.size.max_new_tokens, row, questions[task]
+        )
         history[row.name] = key = cell_key(key, history[row.name])
         path = runs / f"{task}--{row.name}.json"
         cell = load_cell(path, key)
         kept = cell is not None
         if row.name not in rows and not kept:
-            rows[row.name] = _row(config, row, loader)
+            rows[row.name] = _row(config, row, loader, [q for asked in questions.values() for q in asked])
             if row.name in kept_at:
                 rows[row.name].take_warm(kept_at[row.name])
         if cell is None:
@@ -146,15 +156,17 @@ def measure(config: TableConfig, questions: dict[str, list[Question]]) -> dict[t
                 rows[row.name].take_warm(path)
         cells[row.name, task] = cell
         print(
-            f"{done + 1:>3}/{len(questions) * len(config.rows)} {task:<14} {row.name:<24} MAT {cell.mat:.2f}  "
+            f"{done + 1:>3}/{len(questions) * len(config.chosen)} {task:<14} {row.name:<24} MAT {cell.mat:.2f}  "
             f"{cell.tokens_per_second:6.1f} tokens/s{'  (kept)' if kept else ''}",
             flush=True,
         )
     return cells
 
 
-def _row(config: TableConfig, row: TableRow, loader: Loader) -> Row:
-    """Returns the row's method on the table's model."""
+def _row(config: TableConfig, row: TableRow, loader: Loader, questions: Sequence[Question]) -> Row:
+    """Returns the row's method on the table's model, with a cache of one size for all of its questions."""
+    from decoding import DecodeFn
+
     if row.draft and config.draft is None:
         raise InputError(f"row {row.name!r} drafts with a second model: name it in draft")
     decode_fn, params, tokenizer = loader.decode_fn(
@@ -165,6 +177,8 @@ def _row(config: TableConfig, row: TableRow, loader: Loader) -> Row:
         head=row.head,
         max_new_tokens=config.size.max_new_tokens,
     )
+    slots = decode_fn.plan.num_slots(longest_prompt(questions, tokenizer, config.size.max_new_tokens))
+    decode_fn = DecodeFn(dataclasses.replace(decode_fn.plan, cache_slots=slots))
     sampling = {name: value for name, value in dataclasses.asdict(row.sampling).items() if value is not None}
     return Row(tokenizer, decode_fn, params, sampling, row.retrieval)
 
@@ -214,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     with locked(config.folder):
         (config.folder / "runs").mkdir(exist_ok=True)
         save_config(config, config.folder / "config.yaml")
-        for row in config.rows:
+        for row in config.chosen:
             if row.head is not None and config.draft is not None:
                 ensure_head(row.head, row.train, config.model, config.draft, config.dtype)
         cells = measure(config, questions)

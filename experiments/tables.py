@@ -35,7 +35,10 @@ Cells = Mapping[tuple[str, str], Cell]
 
 def write_table(config: "TableConfig", cells: Cells, questions: Mapping[str, Sequence[Question]]) -> str:
     """Writes table.md, table.csv and plot.png to the config's folder and returns the Markdown."""
-    summed = {**cells, **{(row.name, ALL): total([cells[row.name, task] for task in questions]) for row in config.rows}}
+    summed = {
+        **cells,
+        **{(row.name, ALL): total([cells[row.name, task] for task in questions]) for row in config.chosen},
+    }
     measures = {key: measures_of(cell, summed["plain", key[1]]) for key, cell in summed.items()}
     text = markdown(config, measures, questions)
     (config.folder / "table.md").write_text(text, encoding="utf-8")
@@ -77,17 +80,17 @@ def markdown(config: "TableConfig", measures: Mapping[tuple[str, str], Mapping[s
     lines = [f"# {config.title or config.table}", "", _setting(config, questions), "", machine(), ""]
     known = measures["plain", ALL]
     for measure, title in SECTIONS.items():
-        if len({measures[row.name, ALL].get(measure) for row in config.rows}) == 1 < len(config.rows):
+        if len({measures[row.name, ALL].get(measure) for row in config.chosen}) == 1 < len(config.chosen):
             continue  # it tells no row from another
         lines += [f"## {title}", ""]
         lines += [f"| row | {' | '.join(columns)} | paper |", f"|{' --- |' * (len(columns) + 2)}"]
-        for row in config.rows:
+        for row in config.chosen:
             figures = [f"{measures[row.name, column][measure]:.2f}" for column in columns]
             lines.append(f"| {row.name} | {' | '.join(figures)} | {row.paper} |")
         lines.append("")
     shown = {measure: title for measure, title in TOTALS.items() if measure in known}
     lines += ["## All tasks", "", f"| row | {' | '.join(shown.values())} |", f"|{' --- |' * (len(shown) + 1)}"]
-    for row in config.rows:
+    for row in config.chosen:
         figures = [f"{measures[row.name, ALL][measure]:.2f}" for measure in shown]
         lines.append(f"| {row.name} | {' | '.join(figures)} |")
     lines += ["", "Break-even MAT is a step's time over a plain step's: decoding is faster than plain above it.", ""]
@@ -118,7 +121,7 @@ def machine() -> str:
 
 
 def _answer(claim: Any, measures: Mapping[tuple[str, str], Mapping[str, float]]) -> str:
-    if claim.measure not in measures[claim.row, ALL]:
+    if any(claim.measure not in measures.get((row, ALL), {}) for row in (claim.row, claim.than)):
         return f"- {claim.text}: **not measured** here."
     ours, theirs = measures[claim.row, ALL][claim.measure], measures[claim.than, ALL][claim.measure]
     verdict = "reproduced" if ours > claim.factor * theirs else "not reproduced"
@@ -129,7 +132,7 @@ def _answer(claim: Any, measures: Mapping[tuple[str, str], Mapping[str, float]])
 def _plot(config: "TableConfig", measures: Mapping[tuple[str, str], Mapping[str, float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    names = [row.name for row in config.rows]
+    names = [row.name for row in config.chosen]
     figure = Figure(figsize=(7, 0.45 * len(names) + 1.2), layout="constrained")
     for axes, measure, title in zip(
         figure.subplots(1, 2, sharey=True), ("mat", "speedup"), ("MAT", "speed over plain"), strict=True

@@ -31,8 +31,8 @@ from models.cache import init_cache
 from models.decoder import Decoder
 from models.errors import InputError
 
-_BINS = 8  # of the chance that a candidate had when it was noted
-_PRIOR = 4.0  # trials that the noted chance itself counts for
+_PRIOR = 4.0  # trials that the prior counts for
+_SETTLED = 8.0  # accepted tokens that count as expected and accepted before the first step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,15 @@ class LatencyCurve:
         slope = (known[-1] - known[-2]) / (self.sizes[-1] - self.sizes[-2]) if len(known) > 1 else 0.0
         beyond = np.maximum(rows - self.sizes[-1], 0) * max(slope, 0.0)
         return (np.interp(rows, self.sizes, known) + beyond).astype(np.float32)
+
+
+def check_latency(latency: LatencyCurve | None) -> None:
+    """Raises InputError unless an option is a curve, or None."""
+    if not isinstance(latency, LatencyCurve | None):
+        raise InputError(
+            f"latency must be a LatencyCurve (decoding.speculative.sizing.measure), or None for trees of one size; got "
+            f"{latency!r:.80}"
+        )
 
 
 def measure(
@@ -120,33 +129,51 @@ def latency_curve(model: Decoder, params: Any, folder: Path, sizes: tuple[int, .
 
 @struct.dataclass
 class Estimate:
-    """How often candidates were accepted: hits and trials f32[k, bins], by rank and by the chance noted with them."""
+    """How often candidates were accepted, by what is known of them: each kind of candidate has a place in two counts.
+
+    Attributes:
+        hits: f32[X, Y], how often a candidate of each kind was the right token.
+        trials: f32[X, Y], of how many times.
+        pending: f32[], what the step under way is expected to accept.
+        expected: f32[], what all steps before were expected to accept.
+        accepted: f32[], what they accepted.
+    """
 
     hits: jax.Array
     trials: jax.Array
+    pending: jax.Array
+    expected: jax.Array
+    accepted: jax.Array
+
+    def chance(self, place: tuple[jax.Array, jax.Array], prior: jax.Array) -> jax.Array:
+        """Returns the chance of candidates at their places to be right; `prior` is that before any trial."""
+        return (self.hits[place] + _PRIOR * prior) / (self.trials[place] + _PRIOR)
+
+    def counted(self, place: tuple[jax.Array, jax.Array], tried: jax.Array, hit: jax.Array) -> "Estimate":
+        """Returns the estimate with candidates counted at their places: those `tried`, and of them those that hit."""
+        tried = tried.astype(jnp.float32)
+        hits = self.hits.at[place].add(tried * hit.astype(jnp.float32))
+        return self.replace(hits=hits, trials=self.trials.at[place].add(tried))
+
+    def settled(self, accepted: jax.Array) -> "Estimate":
+        """Returns the estimate after a step that accepted i32[] drafted tokens."""
+        return self.replace(
+            pending=jnp.zeros_like(self.pending),
+            expected=self.expected + self.pending,
+            accepted=self.accepted + accepted.astype(jnp.float32),
+        )
+
+    def honest(self) -> jax.Array:
+        """f32[], at most 1: what was accepted of what was expected. Rows are chosen for a high chance, and the highest
+        ones are often too high.
+        """
+        return jnp.minimum((self.accepted + _SETTLED) / (self.expected + _SETTLED), 1.0)
 
 
-def no_estimate(ranks: int) -> Estimate:
+def no_estimate(shape: tuple[int, int]) -> Estimate:
     """Returns the estimate before any trial."""
-    return Estimate(np.zeros((ranks, _BINS), np.float32), np.zeros((ranks, _BINS), np.float32))
-
-
-def learn(estimate: Estimate, chances: jax.Array, hit: jax.Array, real: jax.Array) -> Estimate:
-    """Counts candidates f32[..., k] by rank and chance: tried where `real` (bool[..., 1]), accepted where `hit` too.
-
-    Candidates of chance 0 were never noted, and are not counted.
-    """
-    rank = jnp.broadcast_to(jnp.arange(chances.shape[-1]), chances.shape)
-    tried = (real & (chances > 0)).astype(jnp.float32)
-    place = rank, _bin(chances)
-    return Estimate(estimate.hits.at[place].add(tried * hit.astype(jnp.float32)), estimate.trials.at[place].add(tried))
-
-
-def acceptance(estimate: Estimate, chances: jax.Array, rank: jax.Array) -> jax.Array:
-    """Returns the chance of being accepted, f32[...], of candidates of rank i32[...], noted with chances f32[...]."""
-    place = jnp.broadcast_to(rank, chances.shape), _bin(chances)
-    found = (estimate.hits[place] + _PRIOR * chances) / (estimate.trials[place] + _PRIOR)
-    return jnp.where(chances > 0, found, 0.0)
+    none = np.zeros((), np.float32)
+    return Estimate(np.zeros(shape, np.float32), np.zeros(shape, np.float32), none, none, none)
 
 
 def best_size(curve: LatencyCurve, gains: jax.Array, active: jax.Array) -> jax.Array:
@@ -162,7 +189,3 @@ def best_size(curve: LatencyCurve, gains: jax.Array, active: jax.Array) -> jax.A
     rows = np.minimum(curve.sizes, tokens.shape[1]) - 1
     tokens = jnp.where(active[:, None], tokens, 0.0).sum(axis=0)[rows]
     return jnp.argmax(tokens / curve.of_batch(len(gains))).astype(jnp.int32)
-
-
-def _bin(chances: jax.Array) -> jax.Array:
-    return jnp.clip((chances * _BINS).astype(jnp.int32), 0, _BINS - 1)

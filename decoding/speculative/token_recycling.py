@@ -26,7 +26,7 @@ from decoding.prefill import Prompts
 from decoding.sampling import top_tokens
 from decoding.speculative.drafter import Drafter, Round, Seen
 from decoding.speculative.loop import make_speculative
-from decoding.speculative.sizing import Estimate, LatencyCurve, acceptance, best_size, learn, no_estimate
+from decoding.speculative.sizing import Estimate, LatencyCurve, best_size, check_latency, no_estimate
 from decoding.speculative.tree import Template, TokenTree
 from models.cache import commit, init_cache
 from models.decoder import Decoder
@@ -41,6 +41,7 @@ _PAPER_TREE = """
 00000:2 00010:1
 """  # a path of ranks, and how many children it has
 NUM_SUCCESSORS = 8
+_BINS = 8  # of the chances that successors are noted with, where trees are sized
 _PIECE = 64  # tokens of each prompt whose logits are held at once
 
 
@@ -63,8 +64,7 @@ class TokenRecyclingOptions:
     latency: LatencyCurve | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.latency, LatencyCurve | None):
-            raise InputError(f"latency must be a LatencyCurve, or None for trees of one size; got {self.latency!r:.80}")
+        check_latency(self.latency)
         if not 2 <= self.width <= 81:
             raise InputError(f"width must be 2 to 81 rows of the paper's tree, got {self.width}")
 
@@ -91,24 +91,38 @@ def fill(template: Template, table: jax.Array, last: jax.Array) -> jax.Array:
 
 def gains(template: Template, memory: Memory, tokens: jax.Array) -> jax.Array:
     """Returns f32[B, W - 1]: the chance that each row of the filled tree, below row 0, is accepted."""
-    parent, rank = template.parent[1:], template.rank[1:]
-    step = acceptance(memory.estimate, memory.chances[tokens[:, parent], rank[None, :]], rank[None, :])
+    parent, rank = template.parent[1:], template.rank[1:][None, :]
+    step = _acceptance(memory, memory.chances[tokens[:, parent], rank], rank)
     found = jnp.ones((len(tokens), template.width), jnp.float32)
     for start, stop in template.levels:
         found = found.at[:, start:stop].set(found[:, template.parent[start:stop]] * step[:, start - 1 : stop - 1])
     return found[:, 1:]
 
 
-def sized(template: Template, memory: Memory, curve: LatencyCurve, round_: Round) -> TokenTree:
-    """Returns the tree of the likeliest rows, as many as pay: its live rows first, `curve.sizes[-1]` rows in all."""
+def _acceptance(memory: Memory, chances: jax.Array, rank: jax.Array) -> jax.Array:
+    """Returns the chance that successors noted with `chances` are right; 0 for those that were never noted."""
+    return jnp.where(chances > 0, memory.estimate.chance(_kind(rank, chances), chances), 0.0)
+
+
+def _kind(rank: jax.Array, chances: jax.Array) -> tuple[jax.Array, jax.Array]:
+    bins = jnp.clip((chances * _BINS).astype(jnp.int32), 0, _BINS - 1)
+    return jnp.broadcast_to(rank, chances.shape), bins
+
+
+def sized(template: Template, memory: Memory, curve: LatencyCurve, round_: Round) -> tuple[TokenTree, Memory]:
+    """Returns the tree of the likeliest rows, as many as pay: its live rows first, `curve.sizes[-1]` rows in all; and
+    the memory with what that is expected to gain.
+    """
     tokens = fill(template, memory.table, round_.last)
-    chances = gains(template, memory, tokens)
+    chances = gains(template, memory, tokens) * memory.estimate.honest()
     size = jnp.asarray(curve.sizes)[best_size(curve, chances, ~round_.done)]
     best = 1 + jax.lax.top_k(chances, curve.sizes[-1] - 1)[1]  # a parent is never below its child: ties go by place
     live = (jnp.arange(best.shape[1])[None, :] < size - 1) & (jnp.take_along_axis(chances, best - 1, axis=1) > 0)
     places = jnp.sort(jnp.where(live, best, template.width), axis=1)
     places = jnp.concatenate([jnp.zeros_like(places[:, :1]), places], axis=1)
-    return template.tree(tokens).subtree(jnp.minimum(places, template.width - 1), places < template.width)
+    pending = jnp.where(live, jnp.take_along_axis(chances, best - 1, axis=1), 0.0).sum(where=~round_.done[:, None])
+    tree = template.tree(tokens).subtree(jnp.minimum(places, template.width - 1), places < template.width)
+    return tree, memory.replace(estimate=memory.estimate.replace(pending=pending))
 
 
 def recycle(memory: Memory, tokens: jax.Array, logits: jax.Array, real: jax.Array) -> Memory:
@@ -133,7 +147,9 @@ def learned(memory: Memory, seen: Seen) -> Estimate:
     before = jnp.concatenate([seen.tree.tokens[:, :1], tokens[:, :-1]], axis=1)
     new = jnp.arange(tokens.shape[1])[None, :] < seen.emitted[:, None]
     hit = memory.table[before] == tokens[..., None]
-    return learn(memory.estimate, memory.chances[before], hit, new[..., None])
+    chances = memory.chances[before]
+    counted = memory.estimate.counted(_kind(jnp.arange(hit.shape[2]), chances), new[..., None] & (chances > 0), hit)
+    return counted.settled(jnp.maximum(seen.emitted - 1, 0).sum())
 
 
 def recycle_prompts(model: Decoder, params: Any, prompts: Prompts, memory: Memory) -> Memory:
@@ -167,14 +183,14 @@ def make_token_recycling(model: Decoder, options: TokenRecyclingOptions, stop_to
     def cold() -> Memory:
         shape = model.config.vocab_size, successors
         table = np.zeros(shape, np.int32)
-        return Memory(table, np.zeros(shape, np.float32), no_estimate(successors)) if curve else Memory(table)
+        return Memory(table, np.zeros(shape, np.float32), no_estimate((successors, _BINS))) if curve else Memory(table)
 
     def init(params: Any, prompts: Prompts, slots: int, call: Call) -> Memory:
         return recycle_prompts(model, params, prompts, call.warm) if options.recycle_prompt else call.warm
 
     def propose(params: Any, memory: Memory, round_: Round) -> tuple[TokenTree, Memory, jax.Array, jax.Array]:
         if curve:
-            tree = sized(template, memory, curve, round_)
+            tree, memory = sized(template, memory, curve, round_)
         else:
             tree = template.tree(fill(template, memory.table, round_.last))
         zero = jnp.zeros_like(round_.last)

@@ -63,6 +63,18 @@ def test_a_table_is_written_and_kept(table, capsys):
     assert kept(capsys) == [False] * 6, "another seed is another measurement"
 
 
+def test_a_preset_chooses_rows(table, tmp_path, capsys):
+    run, out = table
+    (tmp_path / "table.yaml").write_text(TABLE.replace("12}", "12, rows: [recycled]}"))
+    run()
+    assert kept(capsys) == [False] * 4
+    page = (out / "table.md").read_text()
+    assert "| recycled |" in page and "| copies |" not in page and "**not measured** here" in page
+    (tmp_path / "table.yaml").write_text(TABLE)
+    run()
+    assert kept(capsys) == [True, False, True] * 2, "what was measured stays"
+
+
 def test_an_interrupted_run_goes_on(table, capsys, monkeypatch):
     run, out = table
     save, saved = cells.save_cell, []
@@ -145,6 +157,7 @@ def test_tables_that_cannot_be(table, tmp_path):
         ("claims: [{text: x, row: none}]", "must compare rows of this table"),
         ("presets: {smoke: {tasks: [quiz]}}", "quiz"),
         ("presets: {smoke: {per_task: 0}}", "at least 1"),
+        ("presets: {smoke: {rows: [fast]}}", "must choose among the rows"),
         ("rows: [{name: plain}, {name: b, method: rsd_c, draft: true}]", "name it in draft"),
         ("rows: [{name: plain}, {name: b, metod: rsd_c}]", "method"),
     ):

@@ -6,24 +6,40 @@ from pathlib import Path
 import pytest
 
 from decoding import METHODS
+from decoding.speculative.sizing import LatencyCurve
 from experiments.bench import BenchConfig
+from experiments.bench_speculation import SpeculationBenchConfig
 from experiments.config import dump_config, load_config
 from experiments.decode import DecodeConfig
+from experiments.loading import MEASURED
 from experiments.reproduce import TableConfig
 from experiments.train_acceptance_head import HeadConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-KINDS = {"decode": DecodeConfig, "bench": BenchConfig, "tables": TableConfig, "train": HeadConfig}
+KINDS = {
+    "decode": DecodeConfig,
+    "bench/decode": BenchConfig,
+    "bench/speculation": SpeculationBenchConfig,
+    "tables": TableConfig,
+    "train": HeadConfig,
+}
 FILES = sorted(CONFIGS.rglob("*.yaml"))
+CURVE = LatencyCurve((1, 4), (1.0, 1.5))
+
+
+def kind(file: Path) -> str:
+    """Returns the config's kind: its folder, or where a folder holds several kinds its own name too."""
+    name = str(file.relative_to(CONFIGS).with_suffix(""))
+    return name if name in KINDS else name.split("/")[0]
 
 
 def test_every_kind_of_config_is_shipped():
-    assert {file.relative_to(CONFIGS).parts[0] for file in FILES} == set(KINDS)
+    assert {kind(file) for file in FILES} == set(KINDS)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
 def test_config_loads_and_its_dump_loads_to_the_same(file, tmp_path):
-    cls = KINDS[file.relative_to(CONFIGS).parts[0]]
+    cls = KINDS[kind(file)]
     config = load_config(cls, ["--config", str(file)], prog="test", description="")
     assert config != cls(), f"{file} sets nothing"
     again = tmp_path / "again.yaml"
@@ -41,13 +57,12 @@ def chosen(config):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
 def test_methods_and_options_exist(file):
-    config = load_config(
-        KINDS[file.relative_to(CONFIGS).parts[0]], ["--config", str(file)], prog="test", description=""
-    )
+    config = load_config(KINDS[kind(file)], ["--config", str(file)], prog="test", description="")
     for method, options, drafts in chosen(config):
         assert METHODS[method].drafts == drafts
         assert set(options) <= {field.name for field in dataclasses.fields(METHODS[method].options)}
-        METHODS[method].options(**options)
+        measured = {"latency": CURVE} if options.get("latency") == MEASURED else {}
+        METHODS[method].options(**{**options, **measured})
 
 
 def test_every_method_has_a_config():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +11,10 @@ import pytest
 
 from decoding import make_decode_fn
 from decoding.speculative import sizing
-from decoding.speculative.sizing import (
-    LatencyCurve,
-    acceptance,
-    best_size,
-    latency_curve,
-    learn,
-    measure,
-    no_estimate,
-)
+from decoding.speculative.prompt_lookup import Draft
+from decoding.speculative.prompt_lookup import gains as copies_gain
+from decoding.speculative.prompt_lookup import learned as copies_learned
+from decoding.speculative.sizing import LatencyCurve, best_size, latency_curve, measure, no_estimate
 from decoding.speculative.token_recycling import Memory, fill, gains, paper_template, sized
 from models.errors import InputError
 from tests.support.decode_reference import PROMPTS, ROOM, forward, greedy_texts, texts
@@ -62,19 +58,26 @@ def test_curves_that_cannot_be(sizes, seconds):
         LatencyCurve(sizes, seconds)
 
 
-def test_the_estimate_starts_at_the_noted_chance_and_follows_the_counts():
-    chances = jnp.asarray([[0.9, 0.05], [0.9, 0.0]], jnp.float32)
-    estimate = jax.tree.map(jnp.asarray, no_estimate(2))
-    rank = jnp.arange(2)[None, :]
-    np.testing.assert_allclose(acceptance(estimate, chances, rank), chances, rtol=1e-6)
-    hit, real = jnp.asarray([[True, False], [True, True]]), jnp.asarray([[True], [True]])
+def test_the_estimate_starts_at_the_prior_and_follows_the_counts():
+    place = jnp.asarray([0, 1, 1]), jnp.asarray([2, 0, 0])
+    prior = jnp.asarray([0.9, 0.05, 0.1], jnp.float32)
+    estimate = jax.tree.map(jnp.asarray, no_estimate((2, 3)))
+    np.testing.assert_allclose(estimate.chance(place, prior), prior, rtol=1e-6)
+    tried, hit = jnp.asarray([True, True, False]), jnp.asarray([True, False, True])
     for _ in range(50):
-        estimate = learn(estimate, chances, hit, real)
-    assert estimate.trials.sum() == 150 and estimate.hits.sum() == 100, "what was never noted is not counted"
-    found = np.asarray(acceptance(estimate, chances, rank))
-    np.testing.assert_allclose(found, [[(100 + 3.6) / 104, 0.2 / 54], [(100 + 3.6) / 104, 0.0]], rtol=1e-5)
-    same = learn(estimate, chances, hit, jnp.zeros((2, 1), bool))
-    jax.tree.map(np.testing.assert_array_equal, same, estimate)
+        estimate = estimate.counted(place, tried, hit)
+    assert estimate.trials.sum() == 100 and estimate.hits.sum() == 50, "what was not tried is not counted"
+    np.testing.assert_allclose(estimate.chance(place, prior), [53.6 / 54, 0.2 / 54, 0.4 / 54], rtol=1e-5)
+
+
+def test_expectations_that_were_too_high_are_lowered():
+    estimate = jax.tree.map(jnp.asarray, no_estimate((1, 1)))
+    assert estimate.honest() == 1
+    for accepted in (1, 0, 2, 1):
+        estimate = estimate.replace(pending=jnp.float32(2.5)).settled(jnp.int32(accepted))
+    np.testing.assert_allclose(estimate.honest(), (4 + 8) / (10 + 8), rtol=1e-6)
+    assert estimate.pending == 0
+    assert estimate.settled(jnp.int32(1000)).honest() == 1, "none is raised"
 
 
 def test_the_size_of_most_tokens_per_second():
@@ -96,7 +99,7 @@ def test_the_size_of_most_tokens_per_second():
 def test_gains_are_the_products_along_the_paths():
     template, rng = paper_template(), np.random.default_rng(0)
     table = rng.integers(0, 30, (30, 8), dtype=np.int32)
-    memory = Memory(table, rng.random((30, 8)).astype(np.float32), no_estimate(8))
+    memory = Memory(table, rng.random((30, 8)).astype(np.float32), no_estimate((8, 8)))
     memory = jax.tree.map(jnp.asarray, memory)
     last = np.asarray([3, 7], np.int32)
     tokens = np.asarray(fill(template, memory.table, last))
@@ -111,19 +114,13 @@ def test_gains_are_the_products_along_the_paths():
             np.testing.assert_allclose(found[row, place - 1], slow, rtol=1e-5)
 
 
-@dataclasses.dataclass
-class FakeRound:
-    last: jax.Array
-    done: jax.Array
-
-
 @pytest.mark.parametrize(("curve", "size"), [(CHEAP, 12), (DEAR, 1)])
 def test_sized_trees_are_the_likeliest_rows_and_whole(curve, size):
     template, rng = paper_template(), np.random.default_rng(1)
     table = np.stack([rng.permutation(30)[:8] for _ in range(30)]).astype(np.int32)
-    memory = jax.tree.map(jnp.asarray, Memory(table, rng.random((30, 8)).astype(np.float32), no_estimate(8)))
-    round_ = FakeRound(jnp.asarray([3, 7]), jnp.zeros((2,), bool))
-    tree = sized(template, memory, curve, round_)
+    memory = jax.tree.map(jnp.asarray, Memory(table, rng.random((30, 8)).astype(np.float32), no_estimate((8, 8))))
+    round_ = SimpleNamespace(last=jnp.asarray([3, 7]), done=jnp.zeros((2,), bool))
+    tree, after = sized(template, memory, curve, round_)
     tokens = fill(template, memory.table, round_.last)
     best = -np.sort(-np.asarray(gains(template, memory, tokens)), axis=1)[:, : size - 1]
     parent, places = np.asarray(tree.parent), np.arange(12)
@@ -141,18 +138,21 @@ def test_sized_trees_are_the_likeliest_rows_and_whole(curve, size):
             assert slow == tree.depth[row, place]
             spelled.append(chance)
         np.testing.assert_allclose(-np.sort(-np.asarray(spelled)), best[row], rtol=1e-5)
+    np.testing.assert_allclose(after.estimate.pending, best.sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["token_recycling", "prompt_lookup"])
 @pytest.mark.parametrize("curve", [CHEAP, FAIR, DEAR], ids=["cheap", "fair", "dear"])
-def test_no_curve_changes_the_text(tiny, curve):
-    fn = make_decode_fn(tiny[0], "token_recycling", max_new_tokens=ROOM, latency=curve)
+def test_no_curve_changes_the_text(tiny, curve, method):
+    options = {"length": 11} if method == "prompt_lookup" else {}
+    fn = make_decode_fn(tiny[0], method, max_new_tokens=ROOM, latency=curve, **options)
     plain = greedy_texts(*tiny, PROMPTS, ROOM)
     first = fn(tiny[1], PROMPTS)
     again = fn(tiny[1], PROMPTS, warm=first.warm)
     assert texts(first) == texts(again) == plain
     if curve is DEAR:
         assert not np.asarray(again.stats.drafted).any()
-    elif curve is CHEAP:
+    elif curve is CHEAP and method == "token_recycling":
         assert np.asarray(again.stats.steps).sum() < np.asarray(first.stats.steps).sum()
 
 
@@ -169,6 +169,22 @@ def test_a_sure_text_is_drafted_as_far_as_the_tree_goes():
     assert (hits <= trials).all() and hits[0, -1] == trials[0, -1] > 40 and not hits[1:].any()
 
 
-def test_only_a_curve_will_do(tiny):
+def test_copies_are_expected_by_their_match_and_their_place():
+    estimate = jax.tree.map(jnp.asarray, no_estimate((3, 4)))
+    np.testing.assert_allclose(
+        copies_gain(estimate, jnp.asarray([0, 1, 3]), 4),
+        [[0, 0, 0, 0], [0.5, 0.25, 0.125, 0.0625], [0.75, 0.75**2, 0.75**3, 0.75**4]],
+    )
+    copied = jnp.asarray([[1, 2, 3, 4], [1, 2, 3, 4], [5, 6, 7, 8]])
+    tokens = jnp.asarray([[1, 2, 9, 0, 0], [1, 0, 0, 0, 0], [5, 6, 7, 8, 1]])
+    draft = Draft(None, copied, jnp.asarray([2, 2, 0]), estimate)
+    seen = SimpleNamespace(verified=SimpleNamespace(tokens=tokens), emitted=jnp.asarray([3, 1, 5]))
+    found = copies_learned(draft, seen)
+    np.testing.assert_array_equal(found.trials, [[0, 0, 0, 0], [2, 1, 1, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(found.hits, [[0, 0, 0, 0], [2, 1, 0, 0], [0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("method", ["token_recycling", "prompt_lookup"])
+def test_only_a_curve_will_do(tiny, method):
     with pytest.raises(InputError, match="latency must be a LatencyCurve"):
-        make_decode_fn(tiny[0], "token_recycling", latency="fast")
+        make_decode_fn(tiny[0], method, latency="fast")

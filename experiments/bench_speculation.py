@@ -1,0 +1,190 @@
+"""Times speculation on this machine: `python -m experiments.bench_speculation --config configs/bench/speculation.yaml`.
+
+    verify_cost   the time of a target pass over n rows, in passes over one row
+    overhead      what a step of Token Recycling over 16 rows takes besides the target's pass: the draft, the
+                  verification, the cache's commit, the table's update; as a share of the step
+    batched       new tokens per second of 8 prompts of different lengths in one batch, over those of the same prompts
+                  one after another
+    log_prob      the mean log-probability, under the model itself, of sampled tokens: plain and by speculation, and
+                  the difference in standard errors (both sides sample with their own seeds)
+
+The last line printed is one JSON object; the same figures go to a page that `experiments.results` takes up.
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.config import load_config
+from experiments.loading import Loader
+from experiments.questions import read_questions
+from experiments.runtime import run_main, setup_runtime
+from experiments.tables import machine
+from experiments.timed import TimedDecode
+
+ROWS = (1, 4, 8, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeculationBenchConfig:
+    """One benchmark of speculation."""
+
+    model: str = "smollm2-135m-instruct"  # a registry name, a .gguf file, or a model folder
+    questions: Path = Path("configs/prompts/spec_bench.jsonl")  # in Spec-Bench's format; the first turns are prompts
+    batch: int = 8  # prompts, of different lengths
+    width: int = 8  # rows of Token Recycling's tree in the batched comparison
+    max_new_tokens: int = 64  # per prompt
+    repeats: int = 3
+    out: Path = Path("results/speculation_bench/cpu")
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.max_new_tokens, self.repeats) < 1 or self.width < 2:
+            raise ValueError("batch, max_new_tokens and repeats must be at least 1, width at least 2")
+
+
+def verify_cost(model: Any, params: Any, context: int) -> dict[int, float]:
+    """Returns {rows: time of a pass over them, in passes over one}."""
+    from decoding.speculative.sizing import measure
+
+    curve = measure(model, params, ROWS, context=context, repeats=15)
+    return {size: seconds / curve.seconds[0] for size, seconds in zip(curve.sizes, curve.seconds, strict=True)}
+
+
+def overhead(model: Any, params: Any, prompt: list[int], new_tokens: int, repeats: int) -> float:
+    """Returns the share of a 16-row step that is not the target's pass; medians of passes and steps in turn."""
+    from decoding import make_decode_fn
+    from decoding.speculative.sizing import measure
+
+    timed = TimedDecode(make_decode_fn(model, "token_recycling", max_new_tokens=new_tokens, width=16), params)
+    inputs = timed.decode_fn.inputs([prompt])
+    timed.warm_up(inputs)
+    passes, steps = [], []
+    for _ in range(repeats):
+        state, seconds = timed(inputs)
+        steps.append(seconds.decode / int(state.stats.steps[0]))
+        context = len(prompt) + new_tokens // 2
+        passes.append(measure(model, params, (1, 16), context=context, repeats=5).seconds[1])
+    return 1 - statistics.median(passes) / statistics.median(steps)
+
+
+def batched(model: Any, params: Any, prompts: Sequence[list[int]], config: SpeculationBenchConfig) -> float:
+    """Returns the speed of one batch over that of its prompts one after another, in new tokens per second."""
+    from decoding import make_decode_fn
+
+    decode_fn = make_decode_fn(
+        model,
+        "token_recycling",
+        max_new_tokens=config.max_new_tokens,
+        width=config.width,
+        cache_slots=_slots(config, prompts),
+    )
+    timed = TimedDecode(decode_fn, params)
+    together, alone = decode_fn.inputs(prompts), [decode_fn.inputs([prompt]) for prompt in prompts]
+    for inputs in (together, *alone):
+        timed.warm_up(inputs)
+    ratios = []
+    for _ in range(config.repeats):
+        _, seconds = timed(together)
+        singles = [timed(inputs)[1] for inputs in alone]
+        ratios.append(sum(s.prefill + s.decode for s in singles) / (seconds.prefill + seconds.decode))
+    return statistics.median(ratios)  # both sides give every prompt the same number of new tokens
+
+
+def _slots(config: SpeculationBenchConfig, prompts: Sequence[list[int]]) -> int:
+    return max(map(len, prompts)) + config.max_new_tokens + config.width
+
+
+def log_prob(model: Any, params: Any, prompts: Sequence[list[int]], new_tokens: int) -> dict[str, float]:
+    """Returns the mean log-probability per sampled token, plain and speculative, and their distance in standard errors.
+
+    A row is one observation: tokens of a row depend on each other.
+    """
+    from decoding import make_decode_fn
+
+    means = {}
+    for name, method, seed in (("plain", "sample", 1), ("speculative", "token_recycling", 2)):
+        options = {"width": 8} if method == "token_recycling" else {}
+        fn = make_decode_fn(model, method, max_new_tokens=new_tokens, **options)
+        tokens = np.asarray(fn(params, prompts, seed, temperature=1.0).tokens)
+        means[name] = _mean_log_probs(model, params, prompts, tokens)
+    errors = [np.var(rows, ddof=1) / len(rows) for rows in means.values()]
+    distance = (means["speculative"].mean() - means["plain"].mean()) / np.sqrt(sum(errors))
+    return {**{name: float(rows.mean()) for name, rows in means.items()}, "standard_errors": float(distance)}
+
+
+def _mean_log_probs(model: Any, params: Any, prompts: Sequence[list[int]], tokens: np.ndarray) -> np.ndarray:
+    """Returns f64[B]: the mean log-probability of each row's tokens i32[B, N] behind its prompt."""
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def scored(params, text, places):
+        x, _, _, _ = model.apply({"params": params}, text, method=_residual)
+        logits = model.apply({"params": params}, jnp.take_along_axis(x, places[..., None], axis=1), method="unembed")
+        wanted = jnp.take_along_axis(text, places + 1, axis=1)
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), wanted[..., None], axis=-1)[..., 0].mean(axis=1)
+
+    width = max(map(len, prompts)) + tokens.shape[1]
+    found = []
+    for prompt, row in zip(prompts, tokens, strict=True):
+        text = np.zeros((1, width), np.int32)
+        text[0, : len(prompt) + len(row)] = [*prompt, *row]
+        places = np.arange(len(prompt) - 1, len(prompt) + len(row) - 1)[None, :]
+        found.append(float(scored(params, text, places)[0]))
+    return np.asarray(found)
+
+
+def _residual(module: Any, tokens: Any) -> Any:
+    from models.decoder import next_positions
+
+    positions = next_positions(tokens, None)
+    return module.layers(module.embed(tokens, positions), positions)
+
+
+def page(config: SpeculationBenchConfig, figures: dict[str, Any]) -> str:
+    """Returns the figures as Markdown."""
+    cost = " | ".join(f"{figures['verify_cost'][rows]:.2f}" for rows in ROWS)
+    log = figures["log_prob"]
+    return (
+        f"# What speculation costs\n\n{Path(config.model).name}, float32. {machine()}\n\n"
+        f"| rows of a target pass | {' | '.join(map(str, ROWS))} |\n|{' --- |' * (len(ROWS) + 1)}\n"
+        f"| time, in passes over one row | {cost} |\n\n"
+        f"- A step over 16 rows spends {100 * figures['overhead']:.1f}% on everything but the target's pass.\n"
+        f"- {config.batch} prompts of different lengths in one batch: {figures['batched']:.2f} times the tokens per "
+        f"second of the same prompts one after another (Token Recycling, {config.width} rows).\n"
+        f"- Sampled tokens' mean log-probability: plain {log['plain']:.3f}, by speculation {log['speculative']:.3f}; "
+        f"the difference is {log['standard_errors']:.1f} standard errors.\n"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures, prints and saves the figures."""
+    argv = sys.argv[1:] if argv is None else argv
+    prog = "python -m experiments.bench_speculation"
+    config = load_config(SpeculationBenchConfig, argv, prog=prog, description=(__doc__ or "").split("\n")[0])
+    questions = read_questions(config.questions)
+    setup_runtime()
+    model, params, tokenizer = Loader("float32").model(config.model)
+    spaced = [questions[i * len(questions) // config.batch] for i in range(config.batch)]
+    prompts = [tokenizer.encode_chat(question.turns[0]) for question in spaced]
+    middle = sorted(prompts, key=len)[len(prompts) // 2]
+    figures = {
+        "verify_cost": verify_cost(model, params, 256),
+        "overhead": overhead(model, params, middle, config.max_new_tokens, config.repeats),
+        "batched": batched(model, params, prompts, config),
+        "log_prob": log_prob(model, params, prompts * 4, config.max_new_tokens),
+    }
+    text = page(config, figures)
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "table.md").write_text(text, encoding="utf-8")
+    print(f"{text}\n{json.dumps(figures)}")
+
+
+if __name__ == "__main__":
+    run_main(main)

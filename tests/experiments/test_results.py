@@ -1,0 +1,54 @@
+"""RESULTS.md from saved runs: which tables it takes up, and how."""
+
+import sys
+
+import pytest
+
+from experiments import results
+from models.errors import InputError
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    (tmp_path / "tables").mkdir()
+    for table in ("one", "two", "never_run"):
+        (tmp_path / "tables" / f"{table}.yaml").write_text("")
+    for table, preset in (
+        ("one", "cpu"),
+        ("two", "cpu"),
+        ("two", "smoke"),
+        ("speculation_bench", "cpu"),
+        ("old", "cpu"),
+    ):
+        folder = tmp_path / "results" / table / preset
+        folder.mkdir(parents=True)
+        (folder / "table.md").write_text(f"# Title of {table}\n\nMeasured.\n\n## {preset} figures\n\n| a |\n")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--results", "results", "--tables", "tables"]
+
+    def run(*more: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["results", *flags, *more])
+        results.main()
+        return (tmp_path / "RESULTS.md").read_text()
+
+    return run
+
+
+def test_every_table_that_was_run_is_taken_up_in_order(saved):
+    page = saved()
+    titles = [line for line in page.splitlines() if line.startswith("## ")]
+    assert titles == ["## Title of speculation_bench", "## Title of one", "## Title of two"]
+    assert page.count("### cpu figures") == 3 and "smoke" not in page
+    assert "`python -m experiments.reproduce tables/two.yaml --preset cpu`" in page
+    assert page.startswith("# Results\n") and saved() == page
+
+
+def test_another_preset(saved):
+    page = saved("--preset", "smoke")
+    assert "Title of two" in page and "Title of one" not in page and "smoke figures" in page
+
+
+def test_nothing_to_take_up(saved, tmp_path):
+    with pytest.raises(InputError, match="no table has been run with preset gpu"):
+        saved("--preset", "gpu")
+    assert not (tmp_path / "RESULTS.md").exists()
