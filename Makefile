@@ -11,7 +11,7 @@ demo: $(VENV)/.installed-base
 
 # All tests but those against torch.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The same networks in torch and transformers, live.
 parity: $(VENV)/.installed-parity

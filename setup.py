@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
-TEST = ["pytest>=8", "ruff>=0.9", "nbformat", "nbclient", "ipykernel"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "nbformat", "nbclient", "ipykernel"]
 
 setup(
     name="fleetlm",

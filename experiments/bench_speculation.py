@@ -174,11 +174,12 @@ def main(argv: list[str] | None = None) -> None:
     spaced = [questions[i * len(questions) // config.batch] for i in range(config.batch)]
     prompts = [tokenizer.encode_chat(question.turns[0]) for question in spaced]
     middle = sorted(prompts, key=len)[len(prompts) // 2]
+    shortest = sorted((tokenizer.encode_chat(question.turns[0]) for question in questions), key=len)[: config.batch]
     figures = {
         "verify_cost": verify_cost(model, params, 256),
         "overhead": overhead(model, params, middle, config.max_new_tokens, config.repeats),
         "batched": batched(model, params, prompts, config),
-        "log_prob": log_prob(model, params, prompts * 4, config.max_new_tokens),
+        "log_prob": log_prob(model, params, shortest * 4, config.max_new_tokens),
     }
     text = page(config, figures)
     config.out.mkdir(parents=True, exist_ok=True)
