@@ -8,6 +8,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+import yaml
+
 from experiments.config import load_config
 from experiments.runtime import run_main
 from models.errors import InputError
@@ -42,8 +44,16 @@ def pages(config: ResultsConfig) -> list[tuple[str, str]]:
     for table, command in [_BENCH, *commands]:
         path = config.results / table / config.preset / "table.md"
         if path.is_file():
-            found.append((command, path.read_text(encoding="utf-8")))
+            found.append((command + _questions(path.parent, config.tables), path.read_text(encoding="utf-8")))
     return found
+
+
+def _questions(run: Path, tables: Path) -> str:
+    """Returns the flag of a run whose questions are not the shipped ones; the file by its name alone."""
+    saved = run / "config.yaml"
+    name = Path(str(yaml.safe_load(saved.read_text(encoding="utf-8")).get("questions"))) if saved.is_file() else Path()
+    shipped = tables.parent / "prompts" / name.name
+    return "" if not name.name or shipped.is_file() else f" --questions {name.name}"
 
 
 def render(found: list[tuple[str, str]]) -> str:

@@ -43,6 +43,16 @@ def test_every_table_that_was_run_is_taken_up_in_order(saved):
     assert page.startswith("# Results\n") and saved() == page
 
 
+def test_other_questions_are_named_by_their_file_alone(saved, tmp_path):
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "own.jsonl").write_text("")
+    for table, name in (("one", "own.jsonl"), ("two", "question.jsonl")):
+        (tmp_path / "results" / table / "cpu" / "config.yaml").write_text(f"questions: /somewhere/{name}\n")
+    page = saved()
+    assert "one.yaml --preset cpu`" in page and "two.yaml --preset cpu --questions question.jsonl`" in page
+    assert "somewhere" not in page
+
+
 def test_another_preset(saved):
     page = saved("--preset", "smoke")
     assert "Title of two" in page and "Title of one" not in page and "smoke figures" in page
