@@ -86,8 +86,15 @@ class Retrieval:
 
 
 def longest_prompt(questions: Sequence[Question], tokenizer: Any, max_new_tokens: int) -> int:
-    """Returns the bucket that holds every prompt, replies of earlier turns included."""
+    """Returns the bucket that holds every prompt, replies of earlier turns included.
+
+    Raises:
+        InputError: a model without a chat template.
+    """
     from decoding.prefill import bucket_length
+
+    if tokenizer is None or tokenizer.chat_template is None:
+        raise InputError("the model has no chat template: choose an instruction-tuned model")
 
     def length(question: Question) -> int:
         own = [{"role": "user", "content": turn} for turn in (question.document, *question.turns)]
@@ -100,9 +107,7 @@ class Row:
     """A method with its model: measures cells, and hands what stays warm from one to the next."""
 
     def __init__(self, tokenizer: Any, decode_fn: Any, params: Any, sampling: dict, retrieval: Retrieval | None = None):
-        """Takes a decode function and what it is called with; raises InputError for a model without a chat template."""
-        if tokenizer.chat_template is None:
-            raise InputError("the model has no chat template: choose an instruction-tuned model")
+        """Takes a decode function and what it is called with."""
         self.tokenizer, self.decode_fn, self.sampling, self.retrieval = tokenizer, decode_fn, sampling, retrieval
         self.warm: Any = None
         self.timed = TimedDecode(decode_fn, params)

@@ -34,6 +34,7 @@ class Loader:
         draft: str | None,
         head: Path | None,
         max_new_tokens: int,
+        context: int = 256,
     ) -> tuple[Any, Any, Any]:
         """Returns (decode function, the params to call it with, tokenizer).
 
@@ -44,6 +45,7 @@ class Loader:
             draft: the model that drafts, or None.
             head: the draft's acceptance head, or None.
             max_new_tokens: room for new tokens.
+            context: tokens behind which a measured curve is measured.
 
         Raises:
             InputError: a model without a tokenizer, a head of another draft, or options that do not fit.
@@ -55,7 +57,7 @@ class Loader:
             raise InputError(f"{name} has no tokenizer.json: put the model's tokenizer.json into the folder")
         options = dict(options)
         if options.get("latency") == MEASURED:
-            options["latency"] = _curve(model, params)
+            options["latency"] = _curve(model, params, context)
         if draft is not None:
             options["draft"], drafts, _ = self.model(draft)
             params = WithDraft(params, drafts if head is None else _with_head(draft, options["draft"], drafts, head))
@@ -64,11 +66,11 @@ class Loader:
         return decode_fn, params, tokenizer
 
 
-def _curve(model: Any, params: Any) -> Any:
+def _curve(model: Any, params: Any, context: int) -> Any:
     from decoding.speculative.sizing import latency_curve
     from models.weights.fetch import cache_folder
 
-    return latency_curve(model, params, cache_folder() / "latency")
+    return latency_curve(model, params, cache_folder() / "latency", context=context)
 
 
 def _with_head(name: str, draft: Any, params: Any, head: Path) -> Any:

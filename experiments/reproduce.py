@@ -107,8 +107,9 @@ class TableConfig:
         for claim in self.claims:
             if not {claim.row, claim.than} <= set(names):
                 raise ValueError(f"claim {claim.text!r} must compare rows of this table: {', '.join(names)}")
-        if not set(self.size.rows) <= set(names):
-            raise ValueError(f"preset {self.preset} must choose among the rows of this table: {', '.join(names)}")
+        for preset in (self.presets.smoke, self.presets.cpu, self.presets.gpu):
+            if not set(preset.rows) <= set(names):
+                raise ValueError(f"a preset's rows must choose among the rows of this table: {', '.join(names)}")
 
     @property
     def size(self) -> Preset:
@@ -169,6 +170,7 @@ def _row(config: TableConfig, row: TableRow, loader: Loader, questions: Sequence
 
     if row.draft and config.draft is None:
         raise InputError(f"row {row.name!r} drafts with a second model: name it in draft")
+    longest = longest_prompt(questions, loader.model(config.model)[2], config.size.max_new_tokens)
     decode_fn, params, tokenizer = loader.decode_fn(
         config.model,
         row.method,
@@ -176,9 +178,9 @@ def _row(config: TableConfig, row: TableRow, loader: Loader, questions: Sequence
         draft=config.draft if row.draft else None,
         head=row.head,
         max_new_tokens=config.size.max_new_tokens,
+        context=longest,
     )
-    slots = decode_fn.plan.num_slots(longest_prompt(questions, tokenizer, config.size.max_new_tokens))
-    decode_fn = DecodeFn(dataclasses.replace(decode_fn.plan, cache_slots=slots))
+    decode_fn = DecodeFn(dataclasses.replace(decode_fn.plan, cache_slots=decode_fn.plan.num_slots(longest)))
     sampling = {name: value for name, value in dataclasses.asdict(row.sampling).items() if value is not None}
     return Row(tokenizer, decode_fn, params, sampling, row.retrieval)
 

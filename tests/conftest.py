@@ -21,6 +21,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_code():
+    """Frees what a file's tests compiled: a process has only so many memory maps, and each program takes some."""
+    yield
+    jax.clear_caches()
+
+
 def tiny_config() -> DecoderConfig:
     """Three layers, grouped heads, the middle layer with a sliding window of 6."""
     attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, rope=RopeConfig(100.0))

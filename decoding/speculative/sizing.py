@@ -106,17 +106,22 @@ def measure(
     return LatencyCurve(tuple(sizes), tuple(min(seconds[size]) for size in sizes))
 
 
-def latency_curve(model: Decoder, params: Any, folder: Path, sizes: tuple[int, ...] = SIZES) -> LatencyCurve:
-    """Returns the curve of a model on this device: measured the first time, then read from `folder`."""
+def latency_curve(
+    model: Decoder, params: Any, folder: Path, sizes: tuple[int, ...] = SIZES, *, context: int = 256
+) -> LatencyCurve:
+    """Returns the curve of a model on this device: measured the first time, then read from `folder`.
+
+    Passes read the whole cache, so that `context` should be about the cache's size in use.
+    """
     dtype = params["embedding"]["embedding"].dtype
     device = jax.devices()[0]
-    key = repr((model.config, str(dtype), device.platform, device.device_kind, jax.__version__, sizes))
+    key = repr((model.config, str(dtype), device.platform, device.device_kind, jax.__version__, sizes, context))
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         return LatencyCurve(tuple(kept["sizes"]), tuple(kept["seconds"]))
     except (OSError, ValueError, KeyError, TypeError):
-        curve = measure(model, params, sizes)
+        curve = measure(model, params, sizes, context=context)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")

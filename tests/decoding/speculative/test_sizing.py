@@ -33,15 +33,17 @@ def test_measure_times_every_size(tiny):
 def test_a_curve_is_measured_once_per_model(tiny, tmp_path, monkeypatch):
     model, params = tiny
     found = []
-    monkeypatch.setattr(sizing, "measure", lambda *args: found.append(args) or FAIR)
+    monkeypatch.setattr(sizing, "measure", lambda *args, **context: found.append(args) or FAIR)
     folder = tmp_path / "latency"
     assert latency_curve(model, params, folder) == latency_curve(model, params, folder) == FAIR and len(found) == 1
     other = type(model)(dataclasses.replace(model.config, max_length=99))
     latency_curve(other, params, folder)
     assert len(found) == 2 and len(list(folder.iterdir())) == 2
+    latency_curve(model, params, folder, context=512)
+    assert len(found) == 3 and len(list(folder.iterdir())) == 3
     for path in folder.iterdir():
         path.write_text(json.dumps({"sizes": [2]}))
-    assert latency_curve(model, params, folder) == FAIR and len(found) == 3, "a damaged file is measured again"
+    assert latency_curve(model, params, folder) == FAIR and len(found) == 4, "a damaged file is measured again"
 
 
 def test_larger_batches_cost_what_as_many_rows_cost():
