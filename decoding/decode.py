@@ -258,9 +258,9 @@ class DecodeFn:
 
         `own` says that a draft model reads the prompts themselves.
         """
-        slots, context = self.plan.cache_slots, self.plan.model.config.max_length
-        if METHODS[self.plan.method].drafts and own:
-            context = min(context, self.plan.options.draft.config.max_length)
+        slots, context, whose = self.plan.cache_slots, self.plan.model.config.max_length, "model"
+        if METHODS[self.plan.method].drafts and own and self.plan.options.draft.config.max_length < context:
+            context, whose = self.plan.options.draft.config.max_length, "draft model"
         spare = self.plan.steps().rows - 1  # a step writes its other rows behind the last token that may enter
         if slots is not None and longest > slots - spare:
             needed = f", of which a step of method {self.plan.method!r} needs {spare} to spare" if spare else ""
@@ -270,7 +270,7 @@ class DecodeFn:
             )
         if longest > context:
             raise InputError(
-                f"the longest prompt has {longest} tokens, the model's context only {context}: shorten it, or use a "
+                f"the longest prompt has {longest} tokens, the {whose}'s context only {context}: shorten it, or use a "
                 "model with a longer context"
             )
         return min(context, (self.plan.num_slots(bucket) if slots is None else slots) - spare)

@@ -121,6 +121,9 @@ def read_text(
     def lacking(cache: KVCache) -> jax.Array:
         return jnp.where(wanted, newest + 1 - cache.length, 0)
 
+    def pending(most: int, carry) -> jax.Array:
+        return (lacking(carry[0]) > most).any()
+
     def one_pass(width: int, carry):
         cache, logits, passes = carry
         place = cache.length[:, None] + jnp.arange(width)[None, :]
@@ -139,8 +142,7 @@ def read_text(
 
     carry = cache, jnp.zeros((len(newest), model.config.vocab_size), jnp.float32), jnp.zeros_like(newest)
     for width, most in ((CATCH_UP, 1), (1, 0)):  # loops, since `lax.cond` would copy the cache
-        pending = functools.partial(lambda most, carry: (lacking(carry[0]) > most).any(), most)
-        carry = jax.lax.while_loop(pending, functools.partial(one_pass, width), carry)
+        carry = jax.lax.while_loop(functools.partial(pending, most), functools.partial(one_pass, width), carry)
     cache, logits, passes = carry
     return logits, cache, passes
 
@@ -150,6 +152,8 @@ def make_entropy_adaptive(model: Decoder, options: EntropyAdaptiveOptions, stop_
     small_model = check_draft(model, options.draft, "entropy_adaptive")
 
     def init(params: WithDraft, prompts: Prompts, cache: KVCache, call: Call) -> EntropyCarry:
+        if call.draft_prompts is not None:
+            raise InputError("both models of 'entropy_adaptive' write one text: leave out draft_prompts")
         batch = len(prompts.lengths)
         last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
         sample = SampleCarry(call.sampling, call.keys, prompt_tokens(prompts, model.config.vocab_size))

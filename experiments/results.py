@@ -51,9 +51,10 @@ def pages(config: ResultsConfig) -> list[tuple[str, str]]:
 def _questions(run: Path, tables: Path) -> str:
     """Returns the flag of a run whose questions are not the shipped ones; the file by its name alone."""
     saved = run / "config.yaml"
-    name = Path(str(yaml.safe_load(saved.read_text(encoding="utf-8")).get("questions"))) if saved.is_file() else Path()
-    shipped = tables.parent / "prompts" / name.name
-    return "" if not name.name or shipped.is_file() else f" --questions {name.name}"
+    if not saved.is_file():
+        return ""
+    name = Path(yaml.safe_load(saved.read_text(encoding="utf-8"))["questions"]).name
+    return "" if (tables.parent / "prompts" / name).is_file() else f" --questions {name}"
 
 
 def render(found: list[tuple[str, str]]) -> str:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from decoding.prefill import Prompts, prefill
-from decoding.sampling import Sampling, probabilities, top_tokens
+from decoding.sampling import Sampling, draw, likeliest, probabilities, top_tokens
 from decoding.speculative.drafter import Round
 from decoding.speculative.target import Verified
 from models.attention import TreeRows, tree_attend
@@ -153,6 +153,25 @@ def draft_law(logits: jax.Array, round_: Round, temperature: float | None) -> ja
 def by_rank(round_: Round, temperature: float | None) -> jax.Array:
     """bool[B]: rows whose children are the likeliest tokens, without a draw: greedy ones, unless the draft is warm."""
     return (round_.call.sampling.temperature == 0) & (temperature is None)
+
+
+def draw_next(
+    logits: jax.Array, round_: Round, step: jax.Array, temperature: float | None
+) -> tuple[jax.Array, jax.Array]:
+    """Draws the next token of each row's chain.
+
+    Args:
+        logits: f32[B, V], the draft's behind the chain so far.
+        round_: what the drafter may look at.
+        step: i32[], tokens drafted so far in this round.
+        temperature: the draft's own, or None for the row's (greedy rows then take the likeliest token).
+
+    Returns:
+        (i32[B] tokens, f32[B, V] the laws that they were drawn from).
+    """
+    law = draft_law(logits[:, None], round_, temperature)[:, 0]
+    keys = jax.vmap(jax.random.fold_in, (0, None))(round_.keys, step)
+    return jnp.where(by_rank(round_, temperature), likeliest(law), draw(jnp.log(law), keys)), law
 
 
 def noise(keys: jax.Array, shape: tuple[int, ...], ranked: jax.Array) -> jax.Array:

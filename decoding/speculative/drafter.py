@@ -40,8 +40,8 @@ class Seen:
     """What a drafter may learn from a step.
 
     Attributes:
-        tree: what it proposed.
-        logits: f32[B, W, V], the target's logits behind every row, accepted or not.
+        tree: what it proposed, as far as the target read it: all of it, or the first of its rows (`Drafter.smaller`).
+        logits: f32[B, W, V], the target's logits behind each of these rows, accepted or not.
         verified: what was kept.
         emitted: i32[B], tokens that were added to the output: `verified.tokens` up to here. Fewer than were verified
             where a row ended, 0 for rows that are done.

@@ -29,13 +29,11 @@ from flax import struct
 
 from decoding.method import Call, Method, Steps
 from decoding.prefill import Prompts
-from decoding.sampling import draw, likeliest
 from decoding.speculative.draft_model import (
     DraftOptions,
     DraftStream,
-    by_rank,
     check_draft,
-    draft_law,
+    draw_next,
     keep,
     read_newest,
     start_stream,
@@ -158,10 +156,7 @@ def with_next(
         options: temperature, stop rule and lengths.
         stop_tokens: ids that end a chain.
     """
-    law = draft_law(logits[:, None], round_, options.draft_temperature)[:, 0]
-    keys = jax.vmap(jax.random.fold_in, (0, None))(round_.keys, step)
-    ranked = by_rank(round_, options.draft_temperature)
-    token = jnp.where(ranked, likeliest(law), draw(jnp.log(law), keys))
+    token, law = draw_next(logits, round_, step, options.draft_temperature)
     log_kept = so_far.log_kept + (log_bound(law) if options.stop == "entropy" else log_read)
     enough = (-jnp.expm1(log_kept) > options.threshold) & (step + 1 >= options.shortest)
     ended = enough | jnp.isin(token, jnp.asarray(stop_tokens, jnp.int32))

@@ -13,13 +13,11 @@ import jax.numpy as jnp
 
 from decoding.method import Call, Method, Steps
 from decoding.prefill import Prompts
-from decoding.sampling import draw, likeliest
 from decoding.speculative.draft_model import (
     DraftOptions,
     DraftStream,
-    by_rank,
     check_draft,
-    draft_law,
+    draw_next,
     keep,
     read_newest,
     start_stream,
@@ -60,20 +58,14 @@ def chain_drafter(draft: Decoder, length: int, temperature: float | None, mode: 
         return start_stream(draft, params.draft, prompts, slots)
 
     def propose(params: Any, stream: DraftStream, round_: Round):
-        def choose(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-            law = draft_law(logits[:, None], round_, temperature)[:, 0]
-            keys = jax.vmap(jax.random.fold_in, (0, None))(round_.keys, step)
-            ranked = by_rank(round_, temperature)
-            return jnp.where(ranked, likeliest(law), draw(jnp.log(law), keys)), law
-
         def extend(carry, step):
             cache, token = carry
             output = draft.apply({"params": params}, token[:, None], cache=cache)
-            chosen, law = choose(output.logits[:, 0], step)
+            chosen, law = draw_next(output.logits[:, 0], round_, step, temperature)
             return (commit(output.cache, None, jnp.ones_like(token)), chosen), (chosen, law)
 
         logits, stream = read_newest(draft, params, stream, round_)
-        token, law = choose(logits, jnp.zeros((), jnp.int32))
+        token, law = draw_next(logits, round_, jnp.zeros((), jnp.int32), temperature)
         root = stream.cache.length
         (cache, _), (tokens, laws) = jax.lax.scan(extend, (stream.cache, token), jnp.arange(1, length))
         tokens = jnp.concatenate([round_.last[:, None], token[:, None], tokens.T], axis=1)

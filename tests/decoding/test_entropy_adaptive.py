@@ -160,6 +160,11 @@ def test_options_that_cannot_be(pair, options, message):
         run(pair, **options)
 
 
+def test_both_models_read_one_prompt(pair):
+    with pytest.raises(InputError, match="leave out draft_prompts"):
+        run(pair, [[1, 2]], call={"draft_prompts": [[1]]})
+
+
 def test_a_small_model_is_needed(tiny):
     with pytest.raises(InputError, match="second model"):
         make_decode_fn(tiny[0], "entropy_adaptive")

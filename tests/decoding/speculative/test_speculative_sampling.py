@@ -75,6 +75,8 @@ def test_a_draft_with_a_shorter_context_ends_the_text(tiny):
     fn = make_decode_fn(model, "speculative_sampling", max_new_tokens=8, draft=draft)
     assert fn(WithDraft(params, params), [[1] * 15]).lengths.tolist() == [20 - 15 + 1]
     assert fn(WithDraft(params, params), [[1] * 15], draft_prompts=[[1]]).lengths.tolist() == [8]
+    with pytest.raises(InputError, match="the draft model's context only 20"):
+        fn(WithDraft(params, params), [[1] * 21])
 
 
 def test_options_that_cannot_be(tiny):
