@@ -2,8 +2,8 @@
 
 How queries meet keys is a value handed to the model, not a subclass of it: `attend(q, k, v, cache, ctx, *, config,
 layer)` writes the new keys and values, decides which of them each query sees, and returns `(out, cache, ctx)`. `ctx` is
-a pytree that the model threads through its layers; what it means is up to the policy (nothing for `dense_attend`,
-`TreeRows` for `tree_attend`).
+a pytree that the model threads through its layers; what it means is up to the policy (nothing for `dense_attend`, the
+text of each token for `segment_attend`, `TreeRows` for `tree_attend`).
 
 Axis letters: B batch, T query length (W for a tree), S cache slots, H query heads, K key/value heads, G = H/K, N = B*K,
 R = G*T rows, Dh head width.
@@ -85,6 +85,19 @@ def dense_attend(q, k, v, cache, ctx, *, config, layer):
     if config.window is not None:
         visible &= slots > positions - config.window
     return masked_attention(q, keys, values, visible, config), cache, ctx
+
+
+def segment_attend(q, k, v, cache, ctx, *, config, layer):
+    """Causal attention inside each of several texts that share a row: training on packed rows.
+
+    `ctx` is i32[B, T], the text that each token belongs to; equal numbers must stand together. Takes no cache. The
+    caller passes positions that start anew with each text. See `Attend` for the other arguments.
+    """
+    places = jnp.arange(q.shape[1])
+    visible = (places[None, None, :] <= places[None, :, None]) & (ctx[:, None, :] == ctx[:, :, None])
+    if config.window is not None:
+        visible &= places[None, None, :] > places[None, :, None] - config.window
+    return masked_attention(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), visible, config), cache, ctx
 
 
 def tree_attend(q, k, v, cache, ctx: TreeRows, *, config, layer):

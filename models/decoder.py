@@ -63,9 +63,11 @@ class Decoder(nn.Module):
     """A decoder-only transformer.
 
     Parameters: `embedding`, `positions` (when learned), `layers_0`.., `final_norm`, `unembedding` (when not tied).
+    With `remat`, a backward pass computes each block again from what entered it, in place of keeping what is inside.
     """
 
     config: DecoderConfig
+    remat: bool = False
 
     def setup(self) -> None:
         """Makes the submodules; blocks are unrolled, so that a layer can be reached by its index."""
@@ -73,8 +75,9 @@ class Decoder(nn.Module):
         self.embedding = Embedding(config.vocab_size, config.width)
         if config.learned_positions:
             self.positions = Embedding(config.max_length, config.width)
+        block_class = nn.remat(Block, static_argnums=(4, 6)) if self.remat else Block
         for index, block in enumerate(config.blocks):
-            setattr(self, f"layers_{index}", Block(block))
+            setattr(self, f"layers_{index}", block_class(block))
         self.final_norm = Norm(config.norm)
         if not config.tied_embeddings:
             self.unembedding = Linear(config.vocab_size, dtype=jnp.float32)

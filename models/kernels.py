@@ -4,10 +4,10 @@ A layer calls `kernel.dot(x)` and never asks what the kernel is. Adapters, quant
 entries of the parameter tree by other kernel values; no layer is ever forked. A bare array in the parameter tree is a
 dense kernel.
 
-Axis letters: I input features, O output features.
+Axis letters: I input features, O output features, R rank.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -58,9 +58,60 @@ class Dense:
         return self.w
 
 
+@struct.dataclass
+class LowRank:
+    """A kernel and a correction of low rank: base + scale * a core b.
+
+    Attributes:
+        base: [I, O], a bare array or any other kernel.
+        a: [I, R].
+        core: [R, R]; [R] for a diagonal; None for the identity.
+        b: [R, O].
+        scale: factor on the correction; static.
+    """
+
+    base: Any
+    a: jax.Array
+    core: jax.Array | None
+    b: jax.Array
+    scale: float = struct.field(pytree_node=False, default=1.0)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(I, O)."""
+        return self.a.shape[0], self.b.shape[1]
+
+    def dot(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+        """Returns base.dot(x) + scale * ((x a) core) b, [..., O]; the product a core b is never made."""
+        y = as_kernel(self.base).dot(x, dtype)
+        inner = _product(x, self.a)
+        if self.core is not None:
+            inner = inner * _rows_of(self.core, inner) if self.core.ndim == 1 else _product(inner, self.core)
+        return y + (self.scale * _product(inner, self.b)).astype(y.dtype)
+
+    def materialize(self) -> jax.Array:
+        """Returns the sum, [I, O], computed in float32, in the base's dtype."""
+        base = as_kernel(self.base).materialize()
+        a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
+        if self.core is not None:
+            core = self.core.astype(jnp.float32)
+            a = a * _rows_of(core, a) if core.ndim == 1 else _product(a, core)
+        return (base.astype(jnp.float32) + self.scale * _product(a, b)).astype(base.dtype)
+
+
 def as_kernel(value: jax.Array | Kernel) -> Kernel:
     """Returns a kernel value as it is, and a bare array as `Dense`."""
     return value if isinstance(value, Kernel) else Dense(value)
+
+
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Returns x w in x's dtype."""
+    return jnp.matmul(x, w.astype(x.dtype), precision=PRECISION)
+
+
+def _rows_of(diagonal: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns a vector in the rank and dtype of x, along its last axis."""
+    return diagonal.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def _one_row(x: jax.Array, w: jax.Array, dtype: jnp.dtype | None) -> jax.Array:

@@ -1,0 +1,56 @@
+"""What is minimised, as plug-ins that give one value per token.
+
+An `Objective` sees the logits of a chunk of tokens at a time, so that logits of a whole batch need never be kept. What
+it needs beside logits and labels is in `constants` (read once per run: a teacher, a table of costs) and `context` (once
+per micro-batch: what a teacher says of each token).
+
+Axis letters: N tokens to be predicted, B rows, T tokens of a row, D width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+def _nothing(constants: Any, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> Any:
+    return None
+
+
+class Objective(NamedTuple):
+    """A loss.
+
+    Attributes:
+        per_token: (logits f32[N, V], labels i32[N], constants, context of these tokens) -> (value f32[N], {name:
+            f32[N]}): what is averaged and minimised, and further figures to be averaged and logged.
+        constants: arrays that every update reads; None: nothing.
+        context: (constants, tokens i32[B, T], positions, segments) -> a tree of [B, T, ...]; entry t belongs to the
+            prediction of token t + 1. Gradients do not flow into it.
+    """
+
+    per_token: Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
+    constants: Any = None
+    context: Callable[[Any, jax.Array, jax.Array, jax.Array], Any] = _nothing
+
+
+def cross_entropy(z_loss: float = 0.0) -> Objective:
+    """Returns the objective -log p(label), plus z_loss * log(Z)^2 with Z the softmax's normaliser (PaLM, section 5).
+
+    Args:
+        z_loss: weight of the second term, which keeps logits from drifting; 0 leaves it out.
+    """
+
+    def per_token(logits, labels, constants, context):
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        value = log_z - label_scores(logits, labels)
+        if not z_loss:
+            return value, {}
+        return value + z_loss * jnp.square(log_z), {"cross_entropy": value}
+
+    return Objective(per_token)
+
+
+def label_scores(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the logits of the labels, f32[N]."""
+    return jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]

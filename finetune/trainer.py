@@ -1,0 +1,201 @@
+"""One jitted update for every method and objective, and the loop around it.
+
+Axis letters: A micro-batches of an update, B rows, T tokens of a row, N tokens of a micro-batch, D width, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from finetune.objectives import Objective
+from finetune.state import Batch, Constants, Method, TrainState
+from models.attention import segment_attend
+from models.decoder import Decoder
+from models.errors import InputError
+
+Metrics = dict[str, jax.Array]
+LOSS_CHUNK = 256  # tokens whose logits exist at a time
+
+
+def features(model: Decoder, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+    """Runs a model's layers over packed rows: i32[B, T] each to [B, T, D], ready for `Decoder.unembed`."""
+    x = model.embed(tokens, positions)
+    return model.layers(x, positions, attend=segment_attend, ctx=segments)[0]
+
+
+def summed_loss(
+    model: Decoder, objective: Objective, params: Any, constants: Any, batch: Batch, chunk: int = LOSS_CHUNK
+) -> tuple[jax.Array, Metrics]:
+    """Sums an objective over the tokens of a micro-batch that are to be predicted.
+
+    Args:
+        model: the network.
+        objective: what is summed.
+        params: of the model; kernels may be of any kind.
+        constants: the objective's.
+        batch: [B, T] each.
+        chunk: tokens whose logits exist at a time.
+
+    Returns:
+        (sum f32[], {name: sum of each further figure; `tokens`: how many were predicted}).
+    """
+    x = model.apply({"params": params}, batch.tokens, batch.positions, batch.segments, method=features)
+    context = objective.context(constants, batch.tokens, batch.positions, batch.segments)
+    wanted = (batch.targets[:, 1:] & (batch.segments[:, 1:] == batch.segments[:, :-1])).reshape(-1)
+    rows = jax.tree.map(lambda value: value[:, :-1].reshape(-1, *value.shape[2:]), (x, jax.lax.stop_gradient(context)))
+    rows = (*rows, batch.tokens[:, 1:].reshape(-1), wanted)
+
+    @jax.checkpoint
+    def sums(rows):
+        x, context, labels, wanted = rows
+        logits = model.apply({"params": params}, x, method="unembed")
+        value, figures = objective.per_token(logits, labels, constants, context)
+        return {
+            name: jnp.sum(jnp.where(wanted, figure, 0.0)) for name, figure in {**figures, "objective": value}.items()
+        }
+
+    size = min(chunk, len(wanted))
+    short = -len(wanted) % size
+    chunks = jax.tree.map(
+        lambda row: jnp.pad(row, [(0, short)] + [(0, 0)] * (row.ndim - 1)).reshape(-1, size, *row.shape[1:]), rows
+    )
+    totals = jax.tree.map(jnp.sum, jax.lax.map(sums, chunks))
+    return totals.pop("objective"), totals | {"tokens": jnp.sum(wanted).astype(jnp.float32)}
+
+
+def make_train_step(
+    model: Decoder,
+    objective: Objective,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+) -> Callable[[TrainState, Constants, Batch], tuple[TrainState, Metrics]]:
+    """Returns the jitted update (state, constants, batch) -> (state, metrics); the old state's buffers are given up.
+
+    The gradient is that of the mean over all tokens of the batch that are to be predicted, however they are spread over
+    its micro-batches. Metrics are f32[]: loss, the objective's further figures, grad_norm (before clipping),
+    learning_rate, tokens (predicted).
+    """
+
+    def gradient(trainable, constants, batch):
+        def of(trainable):
+            params = method.attach(constants.base, constants.frozen, trainable)
+            return summed_loss(model, objective, params, constants.objective, batch)
+
+        (loss, figures), grads = jax.value_and_grad(of, has_aux=True)(trainable)
+        return grads, figures | {"loss": loss}
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, constants: Constants, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, sums = _added(lambda part: gradient(state.trainable, constants, part), batch)
+        tokens = jnp.maximum(sums.pop("tokens"), 1.0)
+        grads, metrics = jax.tree.map(lambda value: value / tokens.astype(value.dtype), (grads, sums))
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to counts
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+            rate = jnp.asarray(schedule(state.step), jnp.float32)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": rate, "tokens": tokens}
+        return TrainState(state.step + 1, trainable, opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(model: Decoder, objective: Objective, method: Method) -> Callable[[Any, Constants, Batch], Metrics]:
+    """Returns the jitted function (trainable, constants, batch) -> {loss and figures summed over tokens, tokens}."""
+
+    @jax.jit
+    def eval_step(trainable: Any, constants: Constants, batch: Batch) -> Metrics:
+        params = method.attach(constants.base, constants.frozen, trainable)
+
+        def of(part):
+            loss, figures = summed_loss(model, objective, params, constants.objective, part)
+            return figures | {"loss": loss}
+
+        return _added(of, batch)
+
+    return eval_step
+
+
+def _added(of: Callable[[Batch], Any], batch: Batch) -> Any:
+    """Returns the sum of a function's values over the micro-batches, one after another."""
+    if batch.tokens.shape[0] == 1:
+        return of(jax.tree.map(lambda value: value[0], batch))
+    shapes = jax.eval_shape(of, jax.tree.map(lambda value: value[0], batch))
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, of(part)), None), zeros, batch)[0]
+
+
+class Hook(NamedTuple):
+    """Something done every so many updates: `run(step, state)` after each step that is a multiple of `every`.
+
+    `last` says whether it is also done after the last update. The state is only good until `run` returns.
+    """
+
+    every: int
+    run: Callable[[int, TrainState], None]
+    last: bool = True
+
+
+def train(
+    train_step: Callable[[TrainState, Constants, Batch], tuple[TrainState, Metrics]],
+    state: TrainState,
+    constants: Constants,
+    batches: Callable[[int], Batch],
+    steps: int,
+    report: Callable[[int, dict[str, float]], None],
+    hooks: Sequence[Hook] = (),
+) -> TrainState:
+    """Makes updates until `steps` have been made in all.
+
+    The host reads the metrics of an update after it has dispatched the next one, so that the device never waits for it.
+
+    Args:
+        train_step: of `make_train_step`.
+        state: where to start from; its buffers are given up.
+        constants: what updates read.
+        batches: the batch of each update, by the number of updates before it.
+        steps: updates in all, those that `state` has behind it included.
+        report: called with (updates made, metrics) for each, in order.
+        hooks: called after the reports of all updates so far.
+
+    Returns:
+        The last state.
+
+    Raises:
+        InputError: the loss or the gradient is not finite; no hook has seen a state that came of it.
+    """
+    pending: tuple[int, Metrics] | None = None
+
+    def settle() -> None:
+        nonlocal pending
+        if pending is not None:
+            step, metrics = pending[0], {name: float(value) for name, value in pending[1].items()}
+            pending = None
+            _check_finite(step, metrics)
+            report(step, metrics)
+
+    for step in range(int(state.step), steps):
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, metrics = train_step(state, constants, batches(step))
+        settle()
+        pending = (step + 1, metrics)
+        due = [hook for hook in hooks if (step + 1) % hook.every == 0 or (hook.last and step + 1 == steps)]
+        if due:
+            settle()
+        for hook in due:
+            hook.run(step + 1, state)
+    settle()
+    return state
+
+
+def _check_finite(step: int, metrics: dict[str, float]) -> None:
+    for name in ("loss", "grad_norm"):
+        if not jnp.isfinite(metrics[name]):
+            raise InputError(
+                f"the {name.replace('_', ' ')} of update {step} is {metrics[name]}: lower the learning rate, lengthen "
+                "the warm-up or clip harder, and start again from the last checkpoint"
+            )
