@@ -38,7 +38,8 @@ else:
     time.sleep(60)
 """
 TOY_MAIN = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where a shell has it ignored
 sys.path.insert(0, {root!r})
 from models.weights import fetch, registry
 parts = registry.numbered_parts(3, "toy-part{{part}}", "1.0", "toy_part{{part}}/data/{{index}}.bin")
