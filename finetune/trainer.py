@@ -98,7 +98,7 @@ def make_train_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
             rate = jnp.asarray(schedule(state.step), jnp.float32)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": rate, "tokens": tokens}
+        metrics |= {"grad_norm": optax.tree_utils.tree_norm(grads), "learning_rate": rate, "tokens": tokens}
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     return train_step
