@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.attention import TreeRows, dense_attend, masked_attention, tree_attend
+from models.attention import TreeRows, dense_attend, masked_attention, segment_attend, tree_attend
 from models.cache import LayerCache, commit, init_cache
 from models.config import AttentionConfig
 from models.decoder import Decoder
@@ -114,6 +114,51 @@ def test_dense_attend_with_a_cache(name, garbage):
     np.testing.assert_array_equal(cache.length, lengths)
 
 
+PACKED = ((3, 4, 1), (2, 5))  # lengths of the texts of two rows; the second row has one token of padding
+
+
+def packed_rows():
+    """(segments, positions), i32[2, 8], of texts of these lengths; padding is segment 0, position 0."""
+    segments, positions = np.zeros((2, 2, 8), np.int32)
+    for row, lengths in enumerate(PACKED):
+        ends = np.cumsum(lengths)
+        for text, (end, length) in enumerate(zip(ends, lengths, strict=True)):
+            segments[row, end - length : end] = text + 1
+            positions[row, end - length : end] = range(length)
+    return segments, positions
+
+
+@pytest.mark.parametrize("name", ["grouped", "window", "all"])
+def test_segment_attend(name):
+    """Each text of a packed row attends as if it stood alone."""
+    config, (segments, _) = CASES[name], packed_rows()
+    q, k, v = normal(2, 8, config.num_heads, 4), *normal(2, 2, 8, config.num_kv_heads, 4)
+    out, cache, ctx = segment_attend(*map(jnp.asarray, (q, k, v)), None, jnp.asarray(segments), config=config, layer=0)
+    assert cache is None
+    np.testing.assert_array_equal(ctx, segments)
+    for row, lengths in enumerate(PACKED):
+        for end, length in zip(np.cumsum(lengths), lengths, strict=True):
+            text = [jnp.asarray(x[row : row + 1, end - length : end]) for x in (q, k, v)]
+            alone, _, _ = dense_attend(*text, None, None, config=config, layer=0)
+            np.testing.assert_allclose(out[row, end - length : end], alone[0], atol=1e-5)
+    assert np.isfinite(out).all(), "padding"
+
+
+def test_packed_rows_give_the_logits_of_separate_rows(net):
+    """Through the whole model, with a window of 3 in its middle layer; without segments they do not."""
+    segments, positions = map(jnp.asarray, packed_rows())
+    tokens = jnp.asarray(np.random.default_rng(4).integers(0, 61, (2, 8)), jnp.int32)
+    packed = np.asarray(net.packed(tokens, positions, segments))
+    mixed = np.asarray(net.packed(tokens, positions, jnp.ones_like(segments)))
+    for row, lengths in enumerate(PACKED):
+        for text, (end, length) in enumerate(zip(np.cumsum(lengths), lengths, strict=True)):
+            alone = np.zeros((1, 8), np.int32)
+            alone[0, :length] = tokens[row, end - length : end]
+            expected = net.plain(jnp.asarray(alone))[0, :length]
+            np.testing.assert_allclose(packed[row, end - length : end], expected, atol=1e-4, rtol=1e-4)
+            assert text == 0 or np.abs(mixed[row, end - length : end] - expected).max() > 0.1
+
+
 # Two trees of depth 4 with branches, as parents; the second is used with rows in another order too.
 PARENT = (-1, 0, 0, 1, 1, 2, 4, 4, 6)
 WIDTH = len(PARENT)
@@ -145,6 +190,11 @@ class Net:
         self.attentions = [block.attention for block in blocks]
         self.plain = jax.jit(lambda tokens: self.model.apply({"params": params}, tokens).logits)
         self.dense = jax.jit(lambda tokens, cache: self.model.apply({"params": params}, tokens, None, cache))
+        self.packed = jax.jit(
+            lambda tokens, positions, segments: (
+                self.model.apply({"params": params}, tokens, positions, None, segment_attend, segments).logits
+            )
+        )
         self._tree = jax.jit(
             lambda tokens, cache, rows: self.model.apply(
                 {"params": params}, tokens, cache.length[:, None] + rows.depth, cache, tree_attend, rows

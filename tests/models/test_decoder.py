@@ -191,3 +191,24 @@ def test_equal_models_share_one_compilation():
     for config in (SMALL, again, other, SMALL):
         run(Decoder(config), random_params(config), i32([[1, 2]]))
     assert len(traces) == 2
+
+
+def test_remat_keeps_less_and_changes_nothing(tiny):
+    """The same parameters, loss and gradient; each block of the forward pass is computed again in the backward one."""
+    model, params = tiny
+    again = Decoder(model.config, remat=True)
+    assert parameter_shapes(again) == parameter_shapes(model)
+
+    def gradient(model):
+        def loss(params):
+            logits = model.apply({"params": params}, i32(TOKENS)).logits
+            return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[..., 0])
+
+        return jax.value_and_grad(loss)
+
+    (loss, grads), (other_loss, other_grads) = (jax.jit(gradient(m))(params) for m in (model, again))
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
+    for (path, want), got in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(other_grads), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=1e-4, err_msg=str(path))
+    blocks = [str(jax.make_jaxpr(gradient(m))(params)).count("prevent_cse") for m in (model, again)]
+    assert blocks == [0, 3]

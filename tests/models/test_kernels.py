@@ -1,4 +1,4 @@
-"""Kernel values: the dense one, and a foreign one put into a whole model."""
+"""Kernel values: the dense one, the corrected one, and a foreign one put into a whole model."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from models.kernels import Dense, Kernel, as_kernel
+from models.kernels import Dense, Kernel, LowRank, as_kernel
 from models.layers import Linear
 
 
@@ -74,6 +74,62 @@ def test_kernels_are_pytrees():
     assert isinstance(doubled, BasePlusLowRank)
     np.testing.assert_allclose(doubled.base, 2 * kernel.base)
     assert len(jax.tree.leaves({"kernel": Dense(kernel.base)})) == 1
+
+
+CORES = {"none": None, "diagonal": normal(6, 3), "full": normal(7, 3, 3)}
+
+
+def corrected(core, base=None, scale=0.7):
+    return LowRank(normal(0, 5, 7) if base is None else base, normal(1, 5, 3), core, normal(2, 3, 7), scale)
+
+
+@pytest.mark.parametrize("core", CORES.values(), ids=CORES)
+def test_low_rank_against_its_formula(core):
+    kernel, x = corrected(core), normal(3, 2, 4, 5)
+    a, b, base = (np.asarray(part, np.float64) for part in (kernel.a, kernel.b, kernel.base))
+    middle = np.eye(3) if core is None else np.diag(core) if core.ndim == 1 else np.asarray(core, np.float64)
+    exact = base + 0.7 * a @ middle @ b
+    assert isinstance(kernel, Kernel) and as_kernel(kernel) is kernel and kernel.shape == (5, 7)
+    np.testing.assert_allclose(kernel.materialize(), exact, atol=1e-5)
+    np.testing.assert_allclose(kernel.dot(x), np.asarray(x) @ exact, atol=1e-5)
+    np.testing.assert_allclose(kernel.dot(normal(4, 1, 1, 5)), np.asarray(normal(4, 1, 1, 5)) @ exact, atol=1e-5)
+    np.testing.assert_allclose(kernel.dot(jnp.eye(5, dtype=jnp.float32)), exact, atol=1e-5)
+
+
+def test_low_rank_with_the_identity_in_its_middle():
+    """No core, a diagonal of ones and the unit matrix are the same kernel."""
+    cores = (None, jnp.ones((3,), jnp.float32), jnp.eye(3, dtype=jnp.float32))
+    plain, *others = (corrected(core) for core in cores)
+    for kernel in others:
+        np.testing.assert_allclose(kernel.dot(normal(3, 2, 5)), plain.dot(normal(3, 2, 5)), atol=1e-6)
+        np.testing.assert_allclose(kernel.materialize(), plain.materialize(), atol=1e-6)
+
+
+def test_low_rank_over_another_kernel():
+    for inner in (corrected(CORES["full"]), low_rank_over(normal(0, 5, 7))):
+        outer, flat = corrected(CORES["diagonal"], inner), corrected(CORES["diagonal"], inner.materialize())
+        np.testing.assert_allclose(outer.dot(normal(3, 2, 5)), flat.dot(normal(3, 2, 5)), atol=1e-5)
+        np.testing.assert_allclose(outer.materialize(), flat.materialize(), atol=1e-5)
+
+
+@pytest.mark.parametrize("core", CORES.values(), ids=CORES)
+def test_low_rank_in_bfloat16(core):
+    """Factors of float32 over a base and inputs of bfloat16: the base's dtype, and the output's that was asked for."""
+    kernel, x = corrected(core, normal(0, 5, 7).astype(jnp.bfloat16)), normal(3, 2, 5).astype(jnp.bfloat16)
+    assert kernel.dot(x).dtype == kernel.materialize().dtype == jnp.bfloat16
+    assert kernel.dot(x, jnp.float32).dtype == jnp.float32
+    exact = np.asarray(x, np.float64) @ np.asarray(corrected(core, kernel.base.astype(jnp.float32)).materialize())
+    np.testing.assert_allclose(np.asarray(kernel.dot(x), np.float64), exact, atol=0.02 * np.abs(exact).max())
+
+
+def test_low_rank_is_a_pytree_with_a_static_scale():
+    kernel = corrected(CORES["full"])
+    assert len(jax.tree.leaves(kernel)) == 4 and len(jax.tree.leaves(corrected(None))) == 3
+    assert jax.tree.structure(kernel) != jax.tree.structure(kernel.replace(scale=0.8))
+    doubled = jax.tree.map(lambda x: 2 * x, kernel)
+    assert isinstance(doubled, LowRank) and doubled.scale == 0.7
+    grads = jax.grad(lambda kernel: kernel.dot(normal(3, 2, 5)).sum())(kernel)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize("use_bias", [False, True])

@@ -12,6 +12,7 @@ from models.errors import InputError
 from tests.support.toy_training import OBJECTIVE, toy_batch, toy_model, toy_params
 
 TARGETS = ("k", "layers_1/mlp/down")
+BATCHES = [toy_batch(2, seed=0), toy_batch(2, seed=1)]
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +20,14 @@ def kernels():
     return select(toy_params(), TARGETS)
 
 
-def test_batches_and_micro_batches_add_up(kernels):
+@pytest.fixture(scope="module")
+def found(kernels):
+    return sum_gradients(toy_model(), OBJECTIVE, toy_params(), kernels, iter(BATCHES))
+
+
+def test_batches_and_micro_batches_add_up(found, kernels):
     """Two batches of two micro-batches each: the gradient of the loss of all eight rows."""
-    batches = [toy_batch(2, seed=0), toy_batch(2, seed=1)]
-    found = sum_gradients(toy_model(), OBJECTIVE, toy_params(), kernels, iter(batches))
-    rows = jax.tree.map(lambda *parts: jnp.concatenate(parts).reshape(8, 12), *batches)
+    rows = jax.tree.map(lambda *parts: jnp.concatenate(parts).reshape(8, 12), *BATCHES)
 
     def loss(kernels):
         return summed_loss(toy_model(), OBJECTIVE, replace_kernels(toy_params(), kernels), None, rows)[0]
@@ -34,13 +38,12 @@ def test_batches_and_micro_batches_add_up(kernels):
         np.testing.assert_allclose(found[path], gradient, atol=1e-5 * np.abs(gradient).max(), rtol=1e-4)
 
 
-def test_gradients_of_bfloat16_kernels_are_added_in_float32(kernels):
+def test_gradients_of_bfloat16_kernels_are_added_in_float32(found):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), toy_params())
-    found = sum_gradients(toy_model(), OBJECTIVE, half, select(half, TARGETS), [toy_batch()])
-    whole = sum_gradients(toy_model(), OBJECTIVE, toy_params(), kernels, [toy_batch()])
-    for path, gradient in whole.items():
-        assert found[path].dtype == jnp.float32
-        assert np.linalg.norm(found[path] - gradient) < 0.05 * np.linalg.norm(gradient)
+    rough = sum_gradients(toy_model(), OBJECTIVE, half, select(half, TARGETS), BATCHES)
+    for path, gradient in found.items():
+        assert rough[path].dtype == jnp.float32
+        assert np.linalg.norm(rough[path] - gradient) < 0.05 * np.linalg.norm(gradient)
 
 
 def test_what_gives_no_gradient_is_refused(kernels):

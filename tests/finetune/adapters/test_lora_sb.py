@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from finetune.adapters import LoraSbConfig, make_adapter
-from finetune.adapters.adapter import attach, merge, select
+from finetune.adapters.adapter import merge, select
 from finetune.adapters.gradients import sum_gradients
-from finetune.optimizers import OptimizerConfig
+from finetune.optimizers import OptimizerConfig, make_optimizer
 from finetune.state import Constants, adapter_tuning, full_tuning
-from finetune.trainer import summed_loss
 from models.errors import InputError
 from tests.support.toy_training import OBJECTIVE, toy_batch, toy_model, toy_params, updates
 
@@ -55,17 +54,17 @@ def test_the_start_is_the_best_approximation_of_the_first_update(start):
 
 
 def test_the_first_update_is_that_of_adamw_on_the_whole_kernels(start):
-    """Full fine-tuning from the same data, one update: entries whose gradient is far above epsilon move by eta."""
+    """Full fine-tuning from the same data, one update: entries whose mean gradient is far above epsilon move by eta."""
     method = full_tuning(jax.tree.map(lambda x: x.dtype, start.params))
     config = OptimizerConfig(learning_rate=ETA, schedule="constant", warmup=0, clip=None)
-    states, _, _ = updates(method, Constants({}, {}, OBJECTIVE.constants), start.params, [start.batch], config)
+    states, metrics, _ = updates(method, Constants({}, {}, OBJECTIVE.constants), start.params, [start.batch], config)
     after = select(states[1].trainable, TARGETS)
     for path, kernel in start.kernels.items():
         gradient = np.asarray(start.gradients[path])
-        large = np.abs(gradient) > 1e-3
-        assert large.mean() > 0.9
+        large = np.abs(gradient) / metrics[0]["tokens"] > 1000 * config.epsilon
+        assert large.mean() > 0.8
         moved = np.asarray(after[path], np.float64) - np.asarray(kernel, np.float64)
-        np.testing.assert_allclose(moved[large], -ETA * np.sign(gradient)[large], rtol=1e-3)
+        np.testing.assert_allclose(moved[large], -ETA * np.sign(gradient)[large], rtol=2e-3)
 
 
 def test_an_entry_without_a_gradient_does_not_move():
@@ -87,41 +86,21 @@ def test_eta_scales_the_core_and_leaves_the_subspaces(start):
         np.testing.assert_allclose(trainable[path]["core"], 100 * start.trainable[path]["core"], rtol=1e-5)
 
 
-def test_the_gradient_of_the_core_is_the_projected_one(start):
-    """Autodiff through the attached kernels against a^T g b^T, with g the full gradient at the same weights."""
-    part = jax.tree.map(lambda x: x[0], start.batch)
-
-    def loss(trainable):
-        params = attach(start.adapter, start.params, start.frozen, trainable)
-        return summed_loss(toy_model(), OBJECTIVE, params, None, part)[0]
-
-    cores = jax.jit(jax.grad(loss))(start.trainable)
-    whole = merge(start.adapter, start.params, start.frozen, start.trainable)
-    full = sum_gradients(toy_model(), OBJECTIVE, whole, select(whole, TARGETS), [start.batch])
-    for path, gradient in full.items():
-        a, _, b = start.factors(path)
-        expected = a.T @ np.asarray(gradient, np.float64) @ b.T
-        np.testing.assert_allclose(cores[path]["core"], expected, atol=1e-5 * np.abs(expected).max(), rtol=1e-4)
-
-
 def test_a_gradient_step_moves_the_kernel_by_the_projection(start):
-    """W changes by -rate P_u g P_v: of all updates within the two subspaces, the one nearest to a full step."""
-    tokens = 0.0
-    states, metrics, _ = updates(
-        adapter_tuning(start.adapter),
-        Constants(start.params, start.frozen, OBJECTIVE.constants),
-        start.trainable,
-        [start.batch],
-        PLAIN,
-    )
-    tokens = metrics[0]["tokens"]
+    """The core's gradient is a^T g b^T, with g the full one at the same weights, so W moves by -rate P_u g P_v: of all
+    updates within the two subspaces, the one nearest to a full step.
+    """
+    constants = Constants(start.params, start.frozen, OBJECTIVE.constants)
+    states, metrics, _ = updates(adapter_tuning(start.adapter), constants, start.trainable, [start.batch], PLAIN)
     whole = merge(start.adapter, start.params, start.frozen, start.trainable)
     full = sum_gradients(toy_model(), OBJECTIVE, whole, select(whole, TARGETS), [start.batch])
     rng = np.random.default_rng(0)
     for path, gradient in full.items():
         a, before, b = start.factors(path)
-        moved = a @ (np.asarray(states[1].trainable[path]["core"], np.float64) - before) @ b
-        step = -RATE * np.asarray(gradient, np.float64) / tokens
+        core = np.asarray(states[1].trainable[path]["core"], np.float64) - before
+        step = -RATE * np.asarray(gradient, np.float64) / metrics[0]["tokens"]
+        np.testing.assert_allclose(core, a.T @ step @ b.T, atol=1e-5 * np.abs(core).max(), rtol=1e-3)
+        moved = a @ core @ b
         np.testing.assert_allclose(moved, a @ a.T @ step @ b.T @ b, atol=1e-5 * np.abs(step).max(), rtol=1e-3)
         for _ in range(5):
             elsewhere = moved + a @ rng.normal(0, np.abs(moved).max(), (RANK, RANK)) @ b
@@ -142,16 +121,13 @@ def test_the_subspaces_hold_more_of_the_gradient_than_random_ones(start):
 
 
 def test_weight_decay_leaves_the_core_alone(start):
-    """Plain descent at a decay of 1 and of 0: the same."""
-    cores = []
-    for decay in (0.0, 1.0):
-        config = OptimizerConfig(
-            type="sgd", learning_rate=RATE, schedule="constant", warmup=0, clip=None, weight_decay=decay
-        )
-        constants = Constants(start.params, start.frozen, OBJECTIVE.constants)
-        states, _, _ = updates(adapter_tuning(start.adapter), constants, start.trainable, [start.batch], config)
-        cores.append(states[1].trainable)
-    jax.tree.map(np.testing.assert_array_equal, *cores)
+    """Without a gradient nothing moves."""
+    config = OptimizerConfig(weight_decay=1.0, warmup=0)
+    optimizer = make_optimizer(config, 1, adapter_tuning(start.adapter))
+    zeros = jax.tree.map(jnp.zeros_like, start.trainable)
+    with jax.numpy_dtype_promotion("standard"):
+        moved, _ = optimizer.update(zeros, optimizer.init(start.trainable), start.trainable)
+    jax.tree.map(np.testing.assert_array_equal, moved, zeros)
 
 
 def test_bad_settings():
