@@ -58,17 +58,18 @@ class Adapter(NamedTuple):
         init: (key, kernels, gradients) -> (frozen, trainable), once, outside jit. `gradients` has the shape of kernels:
             the gradient of the training loss at the start, or None where `needs_gradients` is False. Modules draw from
             `module_key`, so that what one module gets does not depend on which others are chosen.
-        factors: (frozen, trainable) of one module -> Factors; pure, inside the loss.
+        factors: (frozen, trainable, shape) of one module -> Factors; pure, inside the loss. `shape` is (I, O) of its
+            kernel, for methods whose values do not tell it.
         rebase: (kernel, frozen) of one module -> the kernel that the correction is added to.
         hook: (optimiser, steps of the whole run) -> optimiser, for methods that do more than descend.
         finish: (frozen, trainable) -> the same after training, for methods that end smaller than they began; they are
-            read by the same `factors`.
+            read by the same `factors`, and a module that they no longer hold is the model's own.
         needs_gradients: whether `init` wants gradients.
         no_decay: names of trained values that weight decay must leave alone.
     """
 
     init: Callable[[jax.Array, Kernels, Kernels | None], tuple[Values, Values]]
-    factors: Callable[[Mapping[str, jax.Array], Mapping[str, jax.Array]], Factors]
+    factors: Callable[[Mapping[str, jax.Array], Mapping[str, jax.Array], tuple[int, int]], Factors]
     rebase: Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array] = _same_kernel
     hook: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] = _no_hook
     finish: Callable[[Values, Values], tuple[Values, Values]] = _same_values
@@ -117,13 +118,12 @@ def rebase(adapter: Adapter, params: Any, frozen: Values) -> Any:
 def attach(adapter: Adapter, base: Any, frozen: Values, trainable: Values) -> Any:
     """Returns base with `LowRank` kernels in the adapted layers; cheap and pure."""
     kernels = flatten_dict(base, sep="/")
-    return replace_kernels(
-        base,
-        {
-            path: LowRank(kernels[f"{path}/kernel"], *adapter.factors(frozen.get(path, {}), trainable[path]))
-            for path in trainable
-        },
-    )
+
+    def attached(path: str) -> LowRank:
+        kernel = kernels[f"{path}/kernel"]
+        return LowRank(kernel, *adapter.factors(frozen.get(path, {}), trainable[path], kernel.shape))
+
+    return replace_kernels(base, {path: attached(path) for path in trainable})
 
 
 def merge(adapter: Adapter, base: Any, frozen: Values, trainable: Values) -> Any:

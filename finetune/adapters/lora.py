@@ -58,7 +58,7 @@ def lora(config: LoraConfig) -> Adapter:
         }
         return {path: {} for path in kernels}, trainable
 
-    def factors(frozen, trainable):
+    def factors(frozen, trainable, shape):
         return Factors(trainable["a"], None, trainable["b"], config.scale)
 
     return Adapter(init, factors)
