@@ -65,7 +65,7 @@ def lora_sb(config: LoraSbConfig) -> Adapter:
             frozen[path], trainable[path] = {"a": u, "b": v}, {"core": jnp.diag(config.first_step * s)}
         return frozen, trainable
 
-    def factors(frozen, trainable):
+    def factors(frozen, trainable, shape):
         return Factors(frozen["a"], trainable["core"], frozen["b"], 1.0)
 
     return Adapter(init, factors, needs_gradients=True, no_decay=frozenset({"core"}))

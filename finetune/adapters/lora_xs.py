@@ -58,7 +58,7 @@ def lora_xs(config: LoraXsConfig) -> Adapter:
             trainable[path] = {"core": _DEVIATION * noise}
         return frozen, trainable
 
-    def factors(frozen, trainable):
+    def factors(frozen, trainable, shape):
         return Factors(frozen["a"], trainable["core"], frozen["b"], config.scale)
 
     return Adapter(init, factors)

@@ -62,7 +62,7 @@ def contextual() -> Objective:
 
 
 def test_a_loss_in_chunks_is_the_loss():
-    """Chunks of 7 do not divide the 44 places: value, figures and gradient, of an objective with a context."""
+    """Chunks that do not divide the batch: value, figures and gradient, of an objective with a context."""
     objective, part = contextual(), part_of(toy_batch())
 
     def loss(params, chunk):

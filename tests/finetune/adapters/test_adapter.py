@@ -73,7 +73,7 @@ def test_an_adapter_may_start_from_a_residual():
     """base = W - 2 a b, correction = 2 a core b with core = 1: W again; the model's own parameters stay."""
     adapter = Adapter(
         init=lambda key, kernels, gradients: ({}, {}),
-        factors=lambda frozen, trainable: Factors(frozen["a"], trainable["core"], frozen["b"], 2.0),
+        factors=lambda frozen, trainable, shape: Factors(frozen["a"], trainable["core"], frozen["b"], 2.0),
         rebase=lambda kernel, frozen: kernel - 2 * frozen["a"] @ frozen["b"],
     )
     params, path = toy_params(), "layers_0/attention/v"
@@ -94,7 +94,7 @@ def test_merging_into_bfloat16_rounds_once():
     """A correction of half a unit in the last place is added in float32: some entries move, others do not."""
     adapter = Adapter(
         init=lambda key, kernels, gradients: ({}, {}),
-        factors=lambda frozen, trainable: Factors(trainable["a"], None, trainable["b"], 1.0),
+        factors=lambda frozen, trainable, shape: Factors(trainable["a"], None, trainable["b"], 1.0),
     )
     base = {"q": {"kernel": jnp.asarray([[1.0, 2.0], [256.0, 1.0]], jnp.bfloat16)}}
     trainable = {"q": {"a": jnp.ones((2, 1), jnp.float32), "b": jnp.full((1, 2), 0.01, jnp.float32)}}

@@ -17,7 +17,7 @@ from models.errors import InputError
 from tests.support.toy_training import OBJECTIVE, toy_batch, toy_model, toy_params, updates
 
 UPDATES = 20
-TARGETS = ("q", "v", "layers_1/mlp/*")
+TARGETS = ("v", "layers_1/mlp/*")
 
 
 class Row(NamedTuple):
@@ -153,8 +153,8 @@ def test_the_loss_falls(run):
 def test_a_rank_that_does_not_fit_is_refused(name):
     """v maps 32 features to 16."""
     kernels = select(toy_params(), LINEAR)
-    options = {**ROWS[name].options, "rank": 17}
-    with pytest.raises(InputError, match=r"rank 17 is larger than the smaller side of layers_0/attention/\w, 32 by 16"):
+    options = {**ROWS[name].options, "rank": 18}
+    with pytest.raises(InputError, match=r"rank 18 is larger than the smaller side of layers_0/attention/\w, 32 by 16"):
         make_adapter(ADAPTERS[name][0](**options)).init(jax.random.key(0), kernels, kernels)
-    with pytest.raises(InputError, match="rank must be at least 1, got 0"):
+    with pytest.raises(InputError, match="rank .*must be at least 1, got 0"):
         ADAPTERS[name][0](**{**options, "rank": 0})

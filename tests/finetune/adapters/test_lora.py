@@ -24,5 +24,5 @@ def test_the_scale_is_alpha_over_the_rank():
     for alpha, scale in ((None, 1.0), (16.0, 2.0), (4.0, 0.5)):
         adapter = make_adapter(LoraConfig(rank=8, alpha=alpha))
         frozen, trainable = adapter.init(jax.random.key(0), KERNELS, None)
-        factors = adapter.factors(frozen["q"], trainable["q"])
+        factors = adapter.factors(frozen["q"], trainable["q"], (100, 64))
         assert factors.scale == scale and factors.core is None
