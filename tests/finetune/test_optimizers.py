@@ -17,7 +17,8 @@ VALUES = {"matrix": jnp.full((2, 2), 2.0, jnp.float32), "vector": jnp.full((2,),
 
 def rates(steps: int, **options) -> list[float]:
     schedule = learning_rate(OptimizerConfig(learning_rate=1.0, **options), steps)
-    return [float(schedule(jnp.int32(step))) for step in range(steps)]
+    with jax.numpy_dtype_promotion("standard"):
+        return [float(schedule(jnp.int32(step))) for step in range(steps)]
 
 
 def test_schedules():

@@ -27,7 +27,8 @@ def toy_model(remat: bool = False) -> Decoder:
 @functools.cache
 def toy_params() -> Any:
     """Parameters of `toy_model`, as it is initialised."""
-    return jax.jit(toy_model().init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    with jax.ensure_compile_time_eval():  # the first call may stand in a function that is being traced
+        return jax.jit(toy_model().init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def toy_batch(parts: int = 1, rows: int = 4, seed: int = 0) -> Batch:
