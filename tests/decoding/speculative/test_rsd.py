@@ -118,6 +118,19 @@ def test_trees_of_one_child_are_chains(tiny, method):
     jax.tree.map(np.testing.assert_array_equal, ours.stats, theirs.stats)
 
 
+def test_a_wide_tree_accepts_more_than_its_own_chain(tiny):
+    """Greedy, with a draft that is the target with noise: a tree of depth 3 holds the likeliest chain, and more."""
+    model, params = tiny
+    keys = iter(jax.random.split(jax.random.key(3), 100))
+    noisy = jax.tree.map(lambda x: x + 0.25 * jnp.std(x) * jax.random.normal(next(keys), x.shape), params)
+    steps = {}
+    for name, children in (("chain", (1, 1, 1)), ("tree", (3, 2, 2))):
+        fn = make_decode_fn(model, "rsd_c", max_new_tokens=ROOM, draft=model, children=children)
+        steps[name] = np.asarray(fn(WithDraft(params, noisy), PROMPTS).stats.steps)
+    assert (steps["tree"] <= steps["chain"]).all(), steps
+    assert steps["tree"].sum() < 0.9 * steps["chain"].sum() and steps["chain"].sum() < 0.9 * ROOM * len(PROMPTS), steps
+
+
 def test_the_model_as_its_own_draft_is_always_accepted(tiny):
     """p = q at every temperature: RSD-C emits depth + 1 tokens in every step but a row's last."""
     model, params = tiny
