@@ -80,7 +80,7 @@ def test_sampling_settings_and_seeds(run):
 
 def test_chat_template_is_used_unless_told_otherwise(run):
     flags = ["--prompt", "hi", "--max_new_tokens", "1", "--output", "json"]
-    assert lines(run(*flags)[1])[0]["stats"]["prompt_tokens"] == len("<user>hi<assistant>")
+    assert lines(run(*flags)[1])[0]["stats"]["prompt_tokens"] == len("<user>hi<assistant>") + 1  # the end of the turn
     assert lines(run(*flags, "--no-chat")[1])[0]["stats"]["prompt_tokens"] == len("hi")
 
 

@@ -1,0 +1,137 @@
+"""Where texts to train on come from: code that writes them, files, or the hub, the latter two by way of `datasets`.
+
+`read_data` gives rows for training and testing (`finetune.rows`), `finetune.packing.Batches` the batches of a run. All
+rows are read before the first update. Where no test split is named, one is taken from the training rows: by a hash of
+what is in them, so that equal rows are never on both sides and the order of a file does not matter.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from finetune.corpus import TASKS, Example, generate
+from finetune.rows import Row, Rows, as_chat, encode, fit
+from finetune.sources import FileData, HubData, Item, Placed, read_source
+from models.errors import InputError
+from models.weights.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratedData:
+    """Tasks that code writes (`finetune.corpus`).
+
+    Attributes:
+        tasks: which, in turn.
+        size: examples to train on.
+        test_size: examples to test on; their questions are never among the former.
+        seed: of the examples.
+        chat: whether they become turns of the tokenizer's chat template.
+    """
+
+    type: Literal["generated"] = "generated"
+    tasks: tuple[str, ...] = tuple(TASKS)
+    size: int = 20_000
+    test_size: int = 500
+    seed: int = 0
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.test_size < 0:
+            raise InputError(f"size must be at least 1 and test_size at least 0, got {self.size} and {self.test_size}")
+
+
+DataConfig = GeneratedData | FileData | HubData
+
+
+class Question(NamedTuple):
+    """A prompt as the model sees it, and the example that it came from."""
+
+    tokens: list[int]
+    example: Example
+
+
+class TrainingData(NamedTuple):
+    """What was read.
+
+    Attributes:
+        train: rows to train on, at least one.
+        test: rows to test on; may be none.
+        questions: the prompts among the latter, for `finetune.corpus.exact_match`.
+        notes: sentences on what was cut or left out.
+    """
+
+    train: Rows
+    test: Rows
+    questions: tuple[Question, ...]
+    notes: tuple[str, ...]
+
+
+def read_data(config: DataConfig, tokenizer: Tokenizer, length: int) -> TrainingData:
+    """Reads, encodes and splits what a config names.
+
+    Args:
+        config: the source.
+        tokenizer: of the model to be trained.
+        length: most tokens of a row, from 2 up.
+
+    Raises:
+        InputError: no such task, file, dataset, split or column; a row without the wanted text, named by its number; no
+            row left to train on, or none to test on where some were asked for.
+    """
+    source, train, test = _read(config)
+    chat = config.chat if isinstance(config, GeneratedData) else config.columns.chat
+    train = _encode(train, tokenizer, chat)
+    if test is not None:
+        test = _encode(test, tokenizer, chat)
+    else:
+        train, test = _split(train, config.test_share)
+    cut = any(isinstance(item, str) for item, _ in train)
+    fitted = []
+    for purpose, side in (("train", train), ("test", test)):
+        rows, notes = fit([row for _, row in side], length, cut)
+        if not len(rows) and (side or purpose == "train"):
+            raise InputError(
+                f"{source} has no rows to {purpose} on with length {length}: {'; '.join(notes) or 'too few are there'}"
+            )
+        fitted.append((rows, [f"{purpose}: {note}" for note in notes]))
+    (rows, notes), (test_rows, test_notes) = fitted
+    questions = (
+        Question(row.tokens[: row.targets.index(True)], item)
+        for item, row in test
+        if isinstance(item, Example) and len(row.tokens) <= length and any(row.targets)
+    )
+    return TrainingData(rows, test_rows, tuple(questions), (*notes, *test_notes))
+
+
+def _read(config: DataConfig) -> tuple[str, Placed, Placed | None]:
+    """Returns (what to call the source, its items to train on, those to test on if the config names any)."""
+    if not isinstance(config, GeneratedData):
+        return read_source(config)
+    train, test = (
+        [(example.task, example) for example in generate(config.tasks, size, config.seed, test=is_test)]
+        for size, is_test in ((config.size, False), (config.test_size, True))
+    )
+    return "the generated data", train, test
+
+
+def _encode(items: Placed, tokenizer: Tokenizer, chat: bool) -> list[tuple[Item, Row]]:
+    encoded = []
+    for place, item in items:
+        try:
+            row = encode(tokenizer, as_chat(item) if chat and isinstance(item, Example) else item)
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from error
+        encoded.append((item, row))
+    return encoded
+
+
+def _split(rows: Sequence[tuple[Item, Row]], share: float) -> tuple[list[tuple[Item, Row]], list[tuple[Item, Row]]]:
+    """Returns (rows to train on, rows to test on): the latter a share of the different ones, but at least one."""
+    keys = [hashlib.sha256(repr(row).encode()).digest() for _, row in rows]
+    different = sorted(set(keys))
+    chosen = set(different[: max(1, round(share * len(different)))] if share else [])
+    sides: tuple[list, list] = ([], [])
+    for key, row in zip(keys, rows, strict=True):
+        sides[key in chosen].append(row)
+    return sides
