@@ -47,24 +47,61 @@ def summed_loss(
     context = objective.context(constants, batch.tokens, batch.positions, batch.segments)
     wanted = (batch.targets[:, 1:] & (batch.segments[:, 1:] == batch.segments[:, :-1])).reshape(-1)
     rows = jax.tree.map(lambda value: value[:, :-1].reshape(-1, *value.shape[2:]), (x, jax.lax.stop_gradient(context)))
-    rows = (*rows, batch.tokens[:, 1:].reshape(-1), wanted)
-
-    @jax.checkpoint
-    def sums(rows):
-        x, context, labels, wanted = rows
-        logits = model.apply({"params": params}, x, method="unembed")
-        value, figures = objective.per_token(logits, labels, constants, context)
-        return {
-            name: jnp.sum(jnp.where(wanted, figure, 0.0)) for name, figure in {**figures, "objective": value}.items()
-        }
-
     size = min(chunk, len(wanted))
-    short = -len(wanted) % size
-    chunks = jax.tree.map(
-        lambda row: jnp.pad(row, [(0, short)] + [(0, 0)] * (row.ndim - 1)).reshape(-1, size, *row.shape[1:]), rows
-    )
-    totals = jax.tree.map(jnp.sum, jax.lax.map(sums, chunks))
-    return totals.pop("objective"), totals | {"tokens": jnp.sum(wanted).astype(jnp.float32)}
+    rows = (*rows, batch.tokens[:, 1:].reshape(-1), wanted)
+    x, *rest = jax.tree.map(lambda values: _in_chunks(values, size), rows)
+
+    def of(head, x, rest):
+        context, labels, wanted = rest
+        logits = model.apply({"params": head}, x, method="unembed")
+        value, figures = objective.per_token(logits, labels, constants, context)
+        kept = jax.tree.map(lambda figure: jnp.sum(jnp.where(wanted, figure, 0.0)), figures | {"objective": value})
+        return kept.pop("objective"), kept
+
+    head = {name: value for name, value in params.items() if not name.startswith("layers_")}
+    total, figures = _sum_over_chunks(of, head, x, tuple(rest))
+    return total, figures | {"tokens": jnp.sum(wanted).astype(jnp.float32)}
+
+
+def _in_chunks(values: jax.Array, size: int) -> jax.Array:
+    """Returns [chunks, size, ...] of [N, ...], the last chunk filled with zeros."""
+    short = -len(values) % size
+    return jnp.pad(values, [(0, short)] + [(0, 0)] * (values.ndim - 1)).reshape(-1, size, *values.shape[1:])
+
+
+def _sum_over_chunks(of: Callable[..., Any], head: Any, x: jax.Array, rest: Any) -> tuple[jax.Array, Metrics]:
+    """Adds up (value, figures) = of(head, chunk of x, chunk of rest), one chunk at a time.
+
+    The gradient of the value in head and x is taken on the way, while a chunk's logits exist: a backward pass would
+    have to keep them, or to make them again. Figures have no gradient.
+    """
+    floats = jax.tree.map(lambda value: value if jnp.issubdtype(value.dtype, jnp.floating) else None, head)
+
+    def sums(floats, x, rest):
+        whole = jax.tree.map(lambda a, b: b if a is None else a, floats, head, is_leaf=lambda value: value is None)
+        return of(whole, x, rest)
+
+    @jax.custom_vjp
+    def total(floats, x):
+        return _summed(jax.lax.map(lambda chunk: sums(floats, *chunk), (x, rest)))
+
+    def forward(floats, x):
+        def one(in_floats, chunk):
+            found, (more, in_x) = jax.value_and_grad(sums, argnums=(0, 1), has_aux=True)(floats, *chunk)
+            return jax.tree.map(jnp.add, in_floats, more), (found, in_x)
+
+        in_floats, (found, in_x) = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, floats), (x, rest))
+        return _summed(found), (in_floats, in_x)
+
+    def backward(gradients, cotangents):
+        return jax.tree.map(lambda value: value * cotangents[0].astype(value.dtype), gradients)
+
+    total.defvjp(forward, backward)
+    return total(floats, x)
+
+
+def _summed(rows: Any) -> Any:
+    return jax.tree.map(lambda value: jnp.sum(value, axis=0), rows)
 
 
 def make_train_step(
