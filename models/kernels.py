@@ -83,11 +83,13 @@ class LowRank:
 
     def dot(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
         """Returns base.dot(x) + scale * ((x a) core) b, [..., O]; the product a core b is never made."""
-        y = as_kernel(self.base).dot(x, dtype)
-        inner = _product(x, self.a)
+        rows = x.reshape(-1, x.shape[-1])  # gradients of products of matrices are made without copies of x
+        y = as_kernel(self.base).dot(rows, dtype)
+        inner = _product(rows, self.a)
         if self.core is not None:
             inner = inner * _rows_of(self.core, inner) if self.core.ndim == 1 else _product(inner, self.core)
-        return y + (self.scale * _product(inner, self.b)).astype(y.dtype)
+        y = y + (self.scale * _product(inner, self.b)).astype(y.dtype)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def materialize(self) -> jax.Array:
         """Returns the sum, [I, O], computed in float32, in the base's dtype."""
