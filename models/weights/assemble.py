@@ -52,7 +52,7 @@ def assemble(
     """
     shapes = parameter_shapes(Decoder(config))
     by_source = {_strip_prefix(name): name for name in names}
-    wanted = {path: _row(path, table) for path in shapes}
+    wanted = {path: row_of(path, table) for path in shapes}
     used = {row.source for row in wanted.values() if row is not None}
     missing = [path for path, row in wanted.items() if row is None or row.source not in by_source]
     unused = [
@@ -98,7 +98,8 @@ def _strip_prefix(name: str) -> str:
     return name
 
 
-def _row(path: str, table: Mapping[str, Row]) -> Row | None:
+def row_of(path: str, table: Mapping[str, Row]) -> Row | None:
+    """Returns a parameter's row of a name table, with its layer's number in the source; None where there is none."""
     layer = re.match(r"layers_(\d+)/", path)
     if not layer:
         return table.get(path)

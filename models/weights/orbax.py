@@ -6,9 +6,6 @@ folder/tokenizer.json    (and tokenizer_config.json) when there is a tokenizer
 """
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from models.errors import InputError
 from models.weights.assemble import parameter_shapes
 from models.weights.safetensors import read_json
 from models.weights.tokenizer import Tokenizer
+from models.weights.whole import whole_folder
 
 CONFIG_NAME = "fleetlm.json"
 _FORMAT = 1
@@ -33,28 +31,13 @@ def save_model(folder: Path | str, model: Decoder, params: Any, tokenizer: Token
 
     The folder appears complete or not at all. Raises InputError when it exists already or cannot be written.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise InputError(f"{folder} exists already; choose another folder or remove it first")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        private = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error}") from error
-    try:
-        staging = private / "model"  # a plain folder: what mkdtemp makes only its owner may read
-        staging.mkdir()
+    with whole_folder(folder) as staging:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(staging.absolute() / "params", params)
         values = {"format": _FORMAT, "config": config_to_dict(model.config)}
         (staging / CONFIG_NAME).write_text(json.dumps(values, indent=1), encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(staging)
-        os.replace(staging, folder)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(private, ignore_errors=True)
 
 
 def read_config(folder: Path) -> DecoderConfig:
