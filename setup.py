@@ -48,7 +48,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "test": TEST,
-        "parity": [*TEST, "torch==2.13.0", "transformers>=5", "accelerate>=1", "sentencepiece>=0.2"],
+        "parity": [*TEST, "torch==2.13.0", "transformers>=5", "peft==0.21.0", "accelerate>=1", "sentencepiece>=0.2"],
         "notebooks": ["jupyterlab>=4"],
     },
 )

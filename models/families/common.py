@@ -38,6 +38,7 @@ class Family:
         hf: name table of Hugging Face checkpoints.
         gguf: name table of GGUF files (the family is found by `general.architecture`).
         ignored: regular expressions of source tensors that hold no parameter of ours.
+        prefix: what stands before the names of `hf` in transformers' causal language model.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Family:
     hf: Mapping[str, Row]
     gguf: Mapping[str, Row]
     ignored: tuple[str, ...] = ()
+    prefix: str = "model."
 
 
 def keep(x: np.ndarray, attention: AttentionConfig | None) -> np.ndarray:

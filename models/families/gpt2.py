@@ -95,4 +95,5 @@ FAMILY = Family(
         transpose,
     ),
     ignored=(r"\.attn\.(masked_)?bias$",),
+    prefix="transformer.",
 )
