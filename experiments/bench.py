@@ -1,5 +1,7 @@
 """Times decoding on this machine: `python -m experiments.bench --config configs/bench/decode.yaml`.
 
+With `type: train` it times training in place of decoding (`experiments.bench_train`).
+
 Our jitted greedy decoding and, where torch and transformers can be imported, Hugging Face generate, on the same
 weights, dtype, prompts and token counts, in alternation in one run. Times of a run are medians over its repeats; every
 repeat decodes all prompts, and both sides count the same new tokens. A decode step's bandwidth is the bytes of the
@@ -10,16 +12,17 @@ The last line printed is one JSON object. Keys that need transformers are null w
 """
 
 import dataclasses
-import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from experiments.config import load_config
+from experiments.bench_train import TrainBenchConfig, bench_training
+from experiments.config import chosen_type, load_config
 from experiments.runtime import run_main, setup_runtime
-from experiments.timed import TimedDecode
+from experiments.timed import TimedDecode, alternate
 from models.errors import InputError
 
 
@@ -27,6 +30,7 @@ from models.errors import InputError
 class BenchConfig:
     """One benchmark of decoding."""
 
+    type: Literal["decode"] = "decode"
     model: str = "smollm2-135m-instruct"  # a registry name, a .gguf file, or a model folder
     prompts: tuple[str, ...] = ("Why is the sky blue?",)  # decoded one by one
     max_new_tokens: int = 64  # every prompt gets exactly this many
@@ -133,18 +137,6 @@ class Transformers:
         return Timing(prefill, total - prefill), tokens
 
 
-def alternate(sides: Sequence[Callable[[], Any]], repeats: int) -> list[list[Any]]:
-    """Runs the sides in turn, once without counting and then `repeats` times; returns what each side gave."""
-    for side in sides:
-        side()
-    results: list[list[Any]] = [[] for _ in sides]
-    for _ in range(repeats):
-        for side, kept in zip(sides, results, strict=True):
-            gc.collect()
-            kept.append(side())
-    return results
-
-
 def summarise(
     config: BenchConfig, bytes_per_step: int, bandwidths: list[float], ours: list[Timing], theirs: list[Timing]
 ) -> dict[str, Any]:
@@ -194,8 +186,20 @@ def _theirs(path: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tra
 
 
 def main() -> None:
+    """Times what the config says: decoding or training."""
+    config = load_config(
+        TrainBenchConfig if chosen_type(sys.argv[1:]) == "train" else BenchConfig,
+        prog="python -m experiments.bench",
+        description="Times decoding or, with `type: train`, training on this machine.",
+    )
+    if isinstance(config, TrainBenchConfig):
+        bench_training(config)
+    else:
+        bench_decoding(config)
+
+
+def bench_decoding(config: BenchConfig) -> None:
     """Loads the model on both sides, times them in turn and prints the figures."""
-    config = load_config(BenchConfig, prog="python -m experiments.bench", description=(__doc__ or "").split("\n")[0])
     setup_runtime()
     import jax
 

@@ -65,6 +65,15 @@ def load_config(cls: type[T], argv: Sequence[str] | None = None, *, prog: str, d
     )
 
 
+def chosen_type(argv: Sequence[str]) -> str | None:
+    """Returns the `type` that a command line or its file asks for, for a main with several kinds of config."""
+    path, flags = take_config_path(split_flags(argv))
+    given = [value for flag in flags if flag.name == "type" for value in flag.values]
+    if given:
+        return given[-1]
+    return _read_with_base(path)[0].get("type") if path else None
+
+
 def dump_config(config: Any) -> str:
     """Returns a config as YAML, fields in their order and tuples as lists; loading it gives an equal config."""
     return dump_yaml(_plain(config))

@@ -1,8 +1,21 @@
-"""A decode function with compiling, prompt and decoding timed apart."""
+"""Timing: sides in turn, and a decode function with compiling, prompt and decoding timed apart."""
 
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+
+def alternate(sides: Sequence[Callable[[], Any]], repeats: int) -> list[list[Any]]:
+    """Runs the sides in turn, once without counting and then `repeats` times; returns what each side gave."""
+    for side in sides:
+        side()
+    results: list[list[Any]] = [[] for _ in sides]
+    for _ in range(repeats):
+        for side, kept in zip(sides, results, strict=True):
+            gc.collect()
+            kept.append(side())
+    return results
 
 
 class Seconds(NamedTuple):

@@ -5,6 +5,7 @@ import pytest
 
 from experiments import bench
 from experiments.runtime import run_main
+from experiments.timed import alternate
 from tests.support.tiny_folder import write_tiny_folder
 
 
@@ -46,6 +47,6 @@ def test_sides_alternate_after_one_uncounted_round():
 
         return run
 
-    results = bench.alternate([side("a"), side("b")], repeats=2)
+    results = alternate([side("a"), side("b")], repeats=2)
     assert order == ["a", "b", "a", "b", "a", "b"]
     assert results == [[3, 5], [4, 6]]

@@ -9,6 +9,7 @@ from decoding import METHODS
 from decoding.speculative.sizing import LatencyCurve
 from experiments.bench import BenchConfig
 from experiments.bench_speculation import SpeculationBenchConfig
+from experiments.bench_train import TrainBenchConfig
 from experiments.config import dump_config, load_config
 from experiments.decode import DecodeConfig
 from experiments.loading import MEASURED
@@ -19,6 +20,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 KINDS = {
     "decode": DecodeConfig,
     "bench/decode": BenchConfig,
+    "bench/train": TrainBenchConfig,
     "bench/speculation": SpeculationBenchConfig,
     "tables": TableConfig,
     "train": HeadConfig,

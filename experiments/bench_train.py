@@ -1,0 +1,290 @@
+"""Times training: a LoRA update of every linear layer, ours beside torch with PEFT, from the same weights and data.
+
+Each side lives in a process of its own, so that its peak memory is its own, and the two take turns: one trains while
+the other waits. Peak memory counts from the first update on (compiling included), not the reading of the model. The
+host's share is the processor time of the Python thread that runs the training loop, over the time that passes.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from experiments.timed import alternate
+from models.errors import InputError
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_RATE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainBenchConfig:
+    """One benchmark of training: AdamW in float32, gradients clipped to a norm of 1."""
+
+    type: Literal["train"] = "train"
+    model: str = "smollm2-135m-instruct"  # a registry name, a .gguf file, or a model folder
+    batch_size: int = 4  # rows of an update
+    length: int = 128  # tokens of a row, drawn at random
+    rank: int = 8  # of the LoRA on every linear layer; alpha = rank
+    steps: int = 3  # updates of a repeat
+    repeats: int = 5  # timed repeats, after one that is not counted
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.rank, self.steps, self.repeats) < 1 or self.length < 2:
+            raise ValueError("batch_size, rank, steps and repeats must be at least 1, length at least 2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeat:
+    """What `steps` updates took: seconds that passed, seconds of the loop's own thread, and the losses."""
+
+    seconds: float
+    host: float
+    losses: tuple[float, ...]
+
+
+def drawn_tokens(config: TrainBenchConfig, vocab_size: int, step: int) -> np.ndarray:
+    """Returns the tokens of an update, i32[batch_size, length]: the same for both sides."""
+    shape = (config.batch_size, config.length)
+    return np.random.default_rng(step).integers(0, vocab_size, shape, dtype=np.int32)
+
+
+class Ours:
+    """This project's trainer."""
+
+    def __init__(self, config: TrainBenchConfig):
+        """Loads the model and makes the first state."""
+        import jax
+
+        from experiments.runtime import setup_runtime
+        from finetune.adapters import LoraConfig, make_adapter
+        from finetune.adapters.adapter import select
+        from finetune.objectives import cross_entropy
+        from finetune.optimizers import OptimizerConfig, learning_rate, make_optimizer
+        from finetune.state import Constants, adapter_tuning, new_state
+        from finetune.trainer import make_train_step
+        from models import load_model
+
+        setup_runtime()
+        self.config = config
+        self.model, params, _ = load_model(config.model, "float32")
+        lora = LoraConfig(rank=config.rank)
+        adapter = make_adapter(lora)
+        frozen, trainable = adapter.init(jax.random.key(0), select(params, lora.targets), None)
+        total = config.steps * (config.repeats + 1)
+        settings, method = OptimizerConfig(learning_rate=_RATE, schedule="constant", warmup=0), adapter_tuning(adapter)
+        optimizer = make_optimizer(settings, total, method)
+        self.step = make_train_step(self.model, cross_entropy(), method, optimizer, learning_rate(settings, total))
+        self.state, self.constants = new_state(trainable, optimizer), Constants(params, frozen, None)
+        self.about = {"device": jax.devices()[0].device_kind, "backend": jax.default_backend()}
+
+    def __call__(self) -> Repeat:
+        """Makes the next `steps` updates."""
+        from finetune.trainer import train
+
+        losses: list[float] = []
+        begin, host = time.perf_counter(), time.thread_time()
+        end = int(self.state.step) + self.config.steps
+
+        def report(step: int, metrics: dict[str, float]) -> None:
+            losses.append(metrics["loss"])
+
+        self.state = train(self.step, self.state, self.constants, self._batch, end, report)
+        return Repeat(time.perf_counter() - begin, time.thread_time() - host, tuple(losses))
+
+    def _batch(self, step: int) -> Any:
+        from finetune.state import Batch
+
+        tokens = drawn_tokens(self.config, self.model.config.vocab_size, step)[None]
+        places = np.broadcast_to(np.arange(self.config.length, dtype=np.int32), tokens.shape)
+        return Batch(tokens, np.ones(tokens.shape, bool), np.ones(tokens.shape, np.int32), places)
+
+
+class Peft:
+    """torch with transformers and PEFT."""
+
+    def __init__(self, config: TrainBenchConfig):
+        """Loads the model; raises ImportError where torch, transformers or PEFT is missing."""
+        import peft
+        import torch
+        import transformers
+
+        from models.weights.load import find_model
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        path = find_model(config.model)
+        where, extra = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **extra)
+        targets = list(_PROJECTIONS)
+        lora = peft.LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=targets, task_type="CAUSAL_LM")
+        self.torch, self.config, self.vocab_size = torch, config, model.config.vocab_size
+        self.model = peft.get_peft_model(model, lora).train()
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=_RATE, weight_decay=0.0)
+        self.made = 0
+        self.about = {"version": f"torch {torch.__version__}, peft {peft.__version__}"}
+
+    def __call__(self) -> Repeat:
+        """Makes the next `steps` updates."""
+        begin, host = time.perf_counter(), time.thread_time()
+        losses = [self._update() for _ in range(self.config.steps)]
+        return Repeat(time.perf_counter() - begin, time.thread_time() - host, tuple(losses))
+
+    def _update(self) -> float:
+        ids = self.torch.from_numpy(drawn_tokens(self.config, self.vocab_size, self.made)).long()
+        self.made += 1
+        loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        self.torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach().item()
+
+
+class PeakMemory:
+    """The most memory that this process held since this was made, in bytes; since its start where that is unknown."""
+
+    def __init__(self) -> None:
+        """Asks the kernel (Linux alone) to forget the peak so far."""
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.status: Path | None = Path("/proc/self/status")
+        except OSError:
+            self.status = None
+
+    def __call__(self) -> int:
+        """Returns the bytes."""
+        if self.status is not None:
+            lines = self.status.read_text().splitlines()
+            return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _serve(pipe: Connection, make: Callable[[TrainBenchConfig], Any], config: TrainBenchConfig) -> None:
+    """Runs a side: one repeat per True that comes through the pipe; its peak memory after each."""
+    try:
+        side = make(config)
+        pipe.send(side.about)
+        peak = PeakMemory()
+        while pipe.recv():
+            pipe.send((side(), peak()))
+    except (InputError, ImportError, OSError, ValueError) as error:
+        pipe.send(error)
+    except EOFError:  # the other end is gone
+        return
+
+
+class Side:
+    """One side in its own process.
+
+    Attributes:
+        about: what the side says of itself.
+        peak: bytes, after the last repeat.
+        losses: of all updates.
+    """
+
+    def __init__(self, make: Callable[[TrainBenchConfig], Any], config: TrainBenchConfig):
+        """Starts the process and waits until its model is loaded; raises what the side raised."""
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, make, config), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.peak, self.losses = 0, []
+        self.about: dict[str, str] = self._answer()
+
+    def __call__(self) -> Repeat:
+        """Makes one repeat."""
+        self.pipe.send(True)
+        repeat, self.peak = self._answer()
+        self.losses += repeat.losses
+        return repeat
+
+    def close(self) -> None:
+        """Ends the process."""
+        with contextlib.suppress(OSError):
+            self.pipe.send(False)
+        self.process.join()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            raise InputError(
+                f"a side of the benchmark ended with exit code {self.process.exitcode} (its own message is above; out "
+                "of memory? a smaller batch_size or length needs less)"
+            ) from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@contextlib.contextmanager
+def _sides(config: TrainBenchConfig) -> Iterator[list[Side]]:
+    """Gives our side and, where it can be measured fairly, the other; the reason is printed where it cannot."""
+    sides = [Side(Ours, config)]
+    try:
+        if sides[0].about["backend"] != "cpu":
+            print("PEFT is not measured: it would run on the CPU, and this run does not")
+        elif missing := [name for name in ("torch", "transformers", "peft") if not importlib.util.find_spec(name)]:
+            print(f"PEFT is not measured: no {', '.join(missing)}. `pip install -e '.[parity]'` brings it.")
+        else:
+            try:
+                sides.append(Side(Peft, config))
+            except (ImportError, OSError, ValueError) as error:
+                print(f"PEFT is not measured: {str(error).splitlines()[0]}")
+        yield sides
+    finally:
+        for side in sides:
+            side.close()
+
+
+def summarise(config: TrainBenchConfig, repeats: Sequence[Sequence[Repeat]], peaks: Sequence[int]) -> dict[str, Any]:
+    """Returns the figures of the last line: medians over the repeats, and ratios of medians; ours come first."""
+    tokens = config.batch_size * config.length * config.steps
+    seconds = [statistics.median(r.seconds for r in side) for side in repeats]
+    ours = repeats[0]
+    result = {
+        "speedup_vs_peft": None,
+        "peak_memory_ratio": None,
+        "tokens_per_second": tokens / seconds[0],
+        "step_seconds": seconds[0] / config.steps,
+        "host_share": statistics.median(r.host / r.seconds for r in ours),
+        "peak_memory_gb": peaks[0] / 1e9,
+        "peft_tokens_per_second": None,
+        "peft_peak_memory_gb": None,
+        **{name: getattr(config, name) for name in ("batch_size", "length", "rank", "steps", "repeats")},
+    }
+    if len(repeats) > 1:
+        result["speedup_vs_peft"] = seconds[1] / seconds[0]
+        result["peak_memory_ratio"] = peaks[0] / peaks[1]
+        result["peft_tokens_per_second"] = tokens / seconds[1]
+        result["peft_peak_memory_gb"] = peaks[1] / 1e9
+    return result
+
+
+def bench_training(config: TrainBenchConfig) -> None:
+    """Measures both sides in turn and prints the figures."""
+    with _sides(config) as sides:
+        repeats = alternate(sides, config.repeats)
+        peaks, device = [side.peak for side in sides], sides[0].about["device"]
+    for name, kept in zip(("fleetlm", "peft"), repeats, strict=False):
+        print(f"{name:<8} seconds per update: {', '.join(f'{r.seconds / config.steps:.2f}' for r in kept)}")
+    if len(sides) > 1:
+        first = " and ".join(f"{side.losses[0]:.4f}" for side in sides)
+        print(f"{sides[1].about['version']}; losses of the first update: {first}")
+    print(json.dumps({"model": config.model, "device": device, **summarise(config, repeats, peaks)}))
