@@ -1,0 +1,88 @@
+"""What a training run is told: one frozen dataclass, with sections for data, adapter, objective and the rest."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from finetune.adapters import AdapterConfig, LoraConfig
+from finetune.data import DataConfig, GeneratedData
+from finetune.distributed import DistributedConfig
+from finetune.objective_configs import CrossEntropyConfig, ObjectiveConfig
+from finetune.optimizers import OptimizerConfig
+from models.scratch import ScratchConfig
+from models.sharding import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What is measured on held-out data while training."""
+
+    every: int = 200  # updates; 0: only at the end
+    batches: int = 8  # of held-out rows whose loss is measured, at most; 0: no loss
+    examples: int = 64  # held-out prompts that are answered, greedily, and compared with their completions
+    max_new_tokens: int = 32  # of an answer
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.batches, self.examples) < 0 or self.max_new_tokens < 1:
+            raise ValueError("every, batches and examples must not be negative, and max_new_tokens at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Saving:
+    """Checkpoints."""
+
+    every: int = 200  # updates; the last one is saved too
+    keep: int = 2  # of the newest
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 1:
+            raise ValueError("every and keep must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """A trace of jax.profiler, written to the run's folder (profile/)."""
+
+    start_step: int = 0  # updates made before it starts
+    num_steps: int = 0  # updates traced; 0: no trace
+
+    def __post_init__(self) -> None:
+        if self.start_step < 0 or self.num_steps < 0:
+            raise ValueError("start_step and num_steps must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    model: str = "smollm2-135m-instruct"  # a registry name, a .gguf file, or a model folder
+    scratch: ScratchConfig | None = None  # a new model of this shape in place of `model`
+    dtype: Literal["float32", "bfloat16"] | None = None  # of the frozen model; None: as stored (GGUF: float32)
+    adapter: AdapterConfig | None = LoraConfig()  # what is trained; null: every parameter
+    data: DataConfig = GeneratedData()
+    objective: ObjectiveConfig = CrossEntropyConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    steps: int = 200  # updates in all
+    batch_size: int = 8  # rows of a micro-batch, over all devices
+    accumulate: int = 1  # micro-batches of an update
+    length: int = 128  # tokens of a row
+    packing: bool = True  # several texts in a row; false: one text in a row, padded
+    remat: bool = False  # compute blocks again in the backward pass: less memory, a third more work
+    mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    evaluation: Evaluation = Evaluation()
+    saving: Saving = Saving()
+    profile: Profile = Profile()
+    log_every: int = 10  # updates
+    seed: int = 0  # of new weights and of the order of rows
+    run_dir: Path = Path("runs/train")  # config, metrics, checkpoints, what was trained; a run in it goes on
+    dry_run: bool = False  # print sizes and shardings for the mesh, load and train nothing
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.length < 2:
+            raise ValueError(f"length must be at least 2, got {self.length}")
+        if self.scratch is not None and self.adapter is not None:
+            raise ValueError("a new model (scratch) is trained whole: set adapter to null")

@@ -1,0 +1,249 @@
+"""A training run from its config: what is read, what is trained, what is measured, where it goes.
+
+`experiments.train` runs one, tables of adapters run many. The folder of a run:
+
+    config.yaml      the resolved config; starts the same run again
+    metrics.jsonl    one line per logged step, and TensorBoard files in tensorboard/
+    checkpoints/     what a run goes on from
+    adapter/, model/ what was trained, at the end: an adapter alone, or every parameter
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from experiments.config import dump_config, save_config
+from experiments.train_config import TrainConfig
+from experiments.train_report import CompiledStep, Evaluator, Figures, Reporter
+from finetune import state as states
+from finetune.adapters import make_adapter
+from finetune.adapters.adapter import Adapter, Values, count, rebase, select
+from finetune.adapters.gradients import sum_gradients
+from finetune.checkpoints import Checkpoints
+from finetune.data import TrainingData, read_data
+from finetune.distributed import check_rows, global_batch, is_main, row_share
+from finetune.objective_configs import DistillationConfig, make_objective
+from finetune.objectives import Objective
+from finetune.optimizers import learning_rate, make_optimizer
+from finetune.packing import Batches
+from finetune.rows import Rows
+from finetune.run_log import RunLog
+from finetune.state import Batch, Constants, Method, TrainState
+from finetune.trainer import Hook, make_train_step, train
+from models.decoder import Decoder
+from models.errors import InputError
+from models.sharding import build, make_mesh, place
+from models.weights.tokenizer import Tokenizer
+
+
+class Base(NamedTuple):
+    """The model that a run starts from; `name` is what an adapter of it will say that it belongs to."""
+
+    name: str
+    model: Decoder
+    params: Any
+    tokenizer: Tokenizer
+
+
+class Run(NamedTuple):
+    """A run, ready to go: everything that an update needs."""
+
+    base: Base
+    mesh: Mesh
+    data: TrainingData
+    batches: Batches
+    held_out: tuple[Batch, ...]
+    method: Method
+    objective: Objective
+    constants: Constants
+    state: TrainState
+    step: Callable
+
+
+def load_base(config: TrainConfig, mesh: Mesh) -> Base:
+    """Loads the model to be trained, or makes a new one, spread over a mesh."""
+    from models.scratch import scratch_model
+    from models.weights.byte_tokenizer import byte_tokenizer
+    from models.weights.load import load_model
+
+    if config.scratch is None:
+        model, params, tokenizer = load_model(config.model, config.dtype)
+        if tokenizer is None:
+            raise InputError(f"{config.model} has no tokenizer.json: put the model's tokenizer.json into the folder")
+        name, params = Path(config.model).name, place(params, mesh)
+    else:
+        shape = config.scratch
+        tokenizer = byte_tokenizer() if shape.tokenizer == "bytes" else load_model(shape.tokenizer).tokenizer
+        model, name = scratch_model(shape, tokenizer.vocab_size), "scratch"
+        key, token = jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32)
+        params = build(lambda: model.init(key, token)["params"], mesh=mesh)
+    if config.length > model.config.max_length:
+        raise InputError(f"length {config.length} is more than the model's context of {model.config.max_length} tokens")
+    return Base(name, Decoder(model.config, remat=config.remat), params, tokenizer)
+
+
+def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
+    """Reads and makes everything, and takes up the newest checkpoint where there is one."""
+    mesh = make_mesh(config.mesh)
+    check_rows(config.batch_size // config.accumulate, mesh)
+    base = load_base(config, mesh)
+    data = read_data(config.data, base.tokenizer, config.length)
+    batches, test = _batches(config, data.train, mesh), config.evaluation.batches
+    held_out = _batches(dataclasses.replace(config, accumulate=1), data.test, mesh) if len(data.test) and test else ()
+    held_out = tuple(global_batch(held_out(step), mesh) for step in range(min(len(held_out), test)))
+    objective = _objective(config, base)
+    method, frozen, trainable, rebased = _method(config, base, mesh, objective, batches, checkpoints)
+    optimizer = make_optimizer(config.optimizer, config.steps, method)
+    with jax.numpy_dtype_promotion("standard"):
+        state = build(lambda trainable: states.new_state(trainable, optimizer), trainable, mesh=mesh)
+    if checkpoints is not None and checkpoints.latest() is not None:
+        _check_same(config, batches, checkpoints.facts())
+        state, frozen, _ = checkpoints.restore(state, frozen)
+    schedule = learning_rate(config.optimizer, config.steps)
+    step = make_train_step(base.model, objective, method, optimizer, schedule)
+    constants = Constants(rebased(frozen), frozen, objective.constants)
+    return Run(base, mesh, data, batches, held_out, method, objective, constants, state, CompiledStep(step))
+
+
+def _batches(config: TrainConfig, rows: Rows, mesh: Mesh) -> Batches:
+    index, processes = row_share(mesh)
+    return Batches(
+        rows,
+        batch_size=config.batch_size,
+        length=config.length,
+        accumulate=config.accumulate,
+        packing=config.packing,
+        seed=config.seed,
+        process_index=index,
+        process_count=processes,
+    )
+
+
+def _objective(config: TrainConfig, base: Base) -> Objective:
+    from models.weights.load import load_model
+
+    teacher = None
+    if isinstance(config.objective, DistillationConfig):
+        teacher = load_model(config.objective.teacher, config.dtype)[:2]
+    return make_objective(config.objective, base.model, base.params, base.tokenizer.vocab_size, teacher)
+
+
+def _method(
+    config: TrainConfig, base: Base, mesh: Any, objective: Objective, batches: Batches, checkpoints: Checkpoints | None
+) -> tuple[Method, Values, Any, Callable[[Values], Any]]:
+    """Returns (method, frozen, trainable, function from frozen values to the parameters that stay)."""
+    if config.adapter is None:
+        dtypes = jax.tree.map(lambda value: value.dtype, base.params)
+        trainable = jax.tree.map(lambda value: jnp.array(value, jnp.float32), base.params)
+        return states.full_tuning(dtypes), {}, trainable, lambda frozen: {}
+    adapter = make_adapter(config.adapter)
+    kernels = select(base.params, config.adapter.targets)
+    gradients = None
+    if adapter.needs_gradients:
+        resumed = checkpoints is not None and checkpoints.latest() is not None
+        # What a run goes on with is in its checkpoint; until that is read, anything of the right shape will do.
+        gradients = kernels if resumed else _gradients(adapter, base, mesh, objective, kernels, batches, config)
+    frozen, trainable = adapter.init(jax.random.key(config.seed), kernels, gradients)
+    frozen, trainable = place(frozen, mesh), place(trainable, mesh)
+    return states.adapter_tuning(adapter), frozen, trainable, lambda frozen: rebase(adapter, base.params, frozen)
+
+
+def _gradients(
+    adapter: Adapter, base: Base, mesh: Any, objective: Objective, kernels: Any, batches: Batches, config: TrainConfig
+) -> Any:
+    first = (global_batch(batches(step), mesh) for step in range(config.adapter.gradient_batches))
+    return sum_gradients(base.model, objective, base.params, kernels, first)
+
+
+# What decides where a run comes out; the rest of a config may change when it goes on.
+_DECIDES = ("model", "scratch", "dtype", "adapter", "data", "objective", "optimizer", "batch_size", "length", "packing")
+
+
+def _facts(config: TrainConfig, batches: Batches) -> dict[str, Any]:
+    return {"config": dump_config(config), "data": batches.fingerprint}
+
+
+def _check_same(config: TrainConfig, batches: Batches, facts: dict[str, Any]) -> None:
+    """Raises InputError where a run's checkpoint came of other settings or other data."""
+    import yaml
+
+    now, then = (yaml.safe_load(text) for text in (dump_config(config), facts["config"]))
+    for name in (*_DECIDES, "seed"):
+        if now[name] != then[name]:
+            raise InputError(
+                f"the run in {config.run_dir} was started with another {name}: {then[name]!r}, now {now[name]!r}; "
+                "choose another run_dir, or set it back to go on"
+            )
+    if batches.fingerprint != facts["data"]:
+        raise InputError(f"the data is not what the run in {config.run_dir} was trained on; choose another run_dir")
+
+
+def open_folder(config: TrainConfig) -> None:
+    """Makes the run's folder; one that holds other things than a run's is refused."""
+    folder = config.run_dir
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
+        raise InputError(f"{folder} is not empty and holds no run: choose another run_dir, or empty it")
+    save_config(config, folder / "config.yaml")
+
+
+def run_training(config: TrainConfig) -> Figures:
+    """Trains, or goes on, to `config.steps` updates; returns the figures of the end."""
+    if is_main():
+        open_folder(config)
+    with Checkpoints(config.run_dir / "checkpoints", config.saving.keep) as checkpoints:
+        run = prepare(config, checkpoints)
+        start = int(run.state.step)
+        with RunLog(config.run_dir, start, config.steps, is_main()) as log:
+            return _train(config, run, checkpoints, log)
+
+
+def _train(config: TrainConfig, run: Run, checkpoints: Checkpoints, log: RunLog) -> Figures:
+    """Goes through the updates with their hooks; returns the last figures of every kind."""
+    reporter, evaluate = Reporter(config, run, log), Evaluator(config.evaluation, run)
+
+    def measure(step: int, state: TrainState) -> None:
+        reporter.measured(step, evaluate(state.trainable))
+
+    def save(step: int, state: TrainState) -> None:
+        checkpoints.save(state, run.constants.frozen, _facts(config, run.batches))
+        reporter.skip()
+
+    def batch(step: int) -> Batch:
+        return global_batch(run.batches(step), run.mesh)
+
+    every = config.evaluation.every or config.steps
+    hooks = [Hook(every, measure), Hook(config.saving.every, save)]
+    state = train(run.step, run.state, run.constants, batch, config.steps, reporter.report, hooks)
+    checkpoints.wait()
+    _save_trained(config, run, state)
+    return reporter.figures | _sizes(run, state)
+
+
+def _sizes(run: Run, state: TrainState) -> Figures:
+    """Returns how many numbers are trained, how many the optimiser keeps, and the bytes of an update."""
+    sizes = {"trainable": count(state.trainable), "optimizer": count(state.opt_state)}
+    if run.step.seconds:
+        sizes["step_bytes"] = run.step.bytes(run.constants)
+    return {f"size/{name}": float(value) for name, value in sizes.items()}
+
+
+def _save_trained(config: TrainConfig, run: Run, state: TrainState) -> None:
+    """Writes what was trained into the run's folder: an adapter alone, or the whole model."""
+    from finetune.adapters.saved import base_of, save_adapter
+    from models.weights.orbax import save_model
+
+    frozen, trainable = run.method.finish(run.constants.frozen, state.trainable)
+    if config.adapter is not None:
+        base = base_of(run.base.name, run.base.params)
+        save_adapter(config.run_dir / "adapter", config.adapter, frozen, trainable, base)
+        return
+    folder = config.run_dir / "model"
+    if folder.exists():  # a finished run that was started once more
+        shutil.rmtree(folder)
+    save_model(folder, Decoder(run.base.model.config), run.method.merge({}, {}, trainable), run.base.tokenizer)
