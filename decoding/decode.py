@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from decoding import autoregressive
 from decoding.arguments import read_keys, read_limit, read_sampling, whole_number
@@ -31,6 +32,7 @@ from decoding.speculative.token_recycling import TOKEN_RECYCLING
 from decoding.state import DecodeOutput, DecodeState, init_state
 from models.decoder import Decoder
 from models.errors import InputError, unknown_name
+from models.sharding import mesh_of, place_rows, replicate
 
 METHODS: dict[str, Method] = {
     "greedy": autoregressive.GREEDY,
@@ -103,6 +105,14 @@ def output(plan: Plan, state: DecodeState) -> DecodeOutput:
     return DecodeOutput(state.tokens, state.lengths, state.stats, plan.steps().warm(state.carry))
 
 
+def _spread(prompts: Prompts, call: Call, mesh: Mesh | None) -> tuple[Prompts, Call]:
+    """Returns a batch with its rows spread over the mesh that the parameters lie on."""
+    if mesh is None:
+        return prompts, call
+    prompts, rows = place_rows((prompts, call.replace(warm=None)), mesh)
+    return prompts, rows.replace(warm=call.warm)  # what stays warm is no row's own
+
+
 _decode = jax.jit(decode, static_argnums=0)
 _start = jax.jit(start, static_argnums=0)
 _advance = jax.jit(advance, static_argnums=0, donate_argnums=2)
@@ -136,6 +146,8 @@ class DecodeFn:
 
         Args:
             params: the model's parameters; for a method that drafts with a second model `WithDraft(target, draft)`.
+                Where they lie on a mesh (`models.sharding`), rows are spread over it too, and every process that holds
+                a part of it makes the same call.
             prompts: B lists of token ids, each of any length.
             rng: a seed or key for the batch (row b then uses that key folded with b), or B seeds or keys, one per row.
                 A row's text depends on its own seed and prompt alone.
@@ -158,12 +170,14 @@ class DecodeFn:
         prompts, call = self.inputs(
             prompts, rng, max_new_tokens=max_new_tokens, warm=warm, draft_prompts=draft_prompts, **sampling
         )
-        return _decode(self.plan, params, prompts, call)
+        mesh = mesh_of(params)
+        output = _decode(self.plan, params, *_spread(prompts, call, mesh))
+        return output if mesh is None else replicate(output, mesh)
 
     def start(self, params: Any, prompts: Prompts, call: Call) -> DecodeState:
         """Reads the prompts (as `inputs` returns them) and returns the state before the first step."""
         self._check_params(params)
-        return _start(self.plan, params, prompts, call)
+        return _start(self.plan, params, *_spread(prompts, call, mesh_of(params)))
 
     def advance(self, params: Any, state: DecodeState, max_steps: int | None = None) -> DecodeState:
         """Takes up to `max_steps` steps (None: until all rows are done). The state is donated: do not use it again."""

@@ -10,25 +10,35 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from finetune.objectives import Objective
 from finetune.state import Batch, Constants, Method, TrainState
 from models.attention import segment_attend
 from models.decoder import Decoder
 from models.errors import InputError
+from models.sharding import keep_rows, keep_split, num_row_shards
 
 Metrics = dict[str, jax.Array]
 LOSS_CHUNK = 256  # tokens whose logits exist at a time
 
 
-def features(model: Decoder, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+def features(
+    model: Decoder, tokens: jax.Array, positions: jax.Array, segments: jax.Array, mesh: Mesh | None = None
+) -> jax.Array:
     """Runs a model's layers over packed rows: i32[B, T] each to [B, T, D], ready for `Decoder.unembed`."""
-    x = model.embed(tokens, positions)
+    x = keep_rows(model.embed(tokens, positions), mesh)
     return model.layers(x, positions, attend=segment_attend, ctx=segments)[0]
 
 
 def summed_loss(
-    model: Decoder, objective: Objective, params: Any, constants: Any, batch: Batch, chunk: int = LOSS_CHUNK
+    model: Decoder,
+    objective: Objective,
+    params: Any,
+    constants: Any,
+    batch: Batch,
+    chunk: int = LOSS_CHUNK,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Sums an objective over the tokens of a micro-batch that are to be predicted.
 
@@ -38,21 +48,22 @@ def summed_loss(
         params: of the model; kernels may be of any kind.
         constants: the objective's.
         batch: [B, T] each.
-        chunk: tokens whose logits exist at a time.
+        chunk: tokens whose logits exist at a time, on each device that rows are spread over.
+        mesh: of devices that rows are spread over.
 
     Returns:
         (sum f32[], {name: sum of each further figure; `tokens`: how many were predicted}).
     """
-    x = model.apply({"params": params}, batch.tokens, batch.positions, batch.segments, method=features)
+    x = model.apply({"params": params}, batch.tokens, batch.positions, batch.segments, mesh, method=features)
     context = objective.context(constants, batch.tokens, batch.positions, batch.segments)
-    wanted = (batch.targets[:, 1:] & (batch.segments[:, 1:] == batch.segments[:, :-1])).reshape(-1)
-    rows = jax.tree.map(lambda value: value[:, :-1].reshape(-1, *value.shape[2:]), (x, jax.lax.stop_gradient(context)))
-    size = min(chunk, len(wanted))
-    rows = (*rows, batch.tokens[:, 1:].reshape(-1), wanted)
-    x, *rest = jax.tree.map(lambda values: _in_chunks(values, size), rows)
+    wanted = batch.targets[:, 1:] & (batch.segments[:, 1:] == batch.segments[:, :-1])
+    x, context = jax.tree.map(lambda value: value[:, :-1], (x, jax.lax.stop_gradient(context)))
+    rows_here = wanted.shape[0] // (1 if mesh is None else num_row_shards(mesh))
+    width = min(wanted.shape[1], max(1, chunk // rows_here))
+    x, *rest = _columns((x, context, batch.tokens[:, 1:], wanted), width)
 
     def of(head, x, rest):
-        context, labels, wanted = rest
+        x, context, labels, wanted = jax.tree.map(lambda value: value.reshape(-1, *value.shape[2:]), (x, *rest))
         logits = model.apply({"params": head}, x, method="unembed")
         value, figures = objective.per_token(logits, labels, constants, context)
         kept = jax.tree.map(lambda figure: jnp.sum(jnp.where(wanted, figure, 0.0)), figures | {"objective": value})
@@ -61,12 +72,6 @@ def summed_loss(
     head = {name: value for name, value in params.items() if not name.startswith("layers_")}
     total, figures = _sum_over_chunks(of, head, x, tuple(rest))
     return total, figures | {"tokens": jnp.sum(wanted).astype(jnp.float32)}
-
-
-def _in_chunks(values: jax.Array, size: int) -> jax.Array:
-    """Returns [chunks, size, ...] of [N, ...], the last chunk filled with zeros."""
-    short = -len(values) % size
-    return jnp.pad(values, [(0, short)] + [(0, 0)] * (values.ndim - 1)).reshape(-1, size, *values.shape[1:])
 
 
 def _sum_over_chunks(of: Callable[..., Any], head: Any, x: jax.Array, rest: Any) -> tuple[jax.Array, Metrics]:
@@ -104,12 +109,23 @@ def _summed(rows: Any) -> Any:
     return jax.tree.map(lambda value: jnp.sum(value, axis=0), rows)
 
 
+def _columns(tree: Any, width: int) -> Any:
+    """Cuts [B, T, ...] into [chunks, B, width, ...], zeros behind the last token: rows stay on their devices."""
+
+    def cut(value):
+        value = jnp.pad(value, [(0, 0), (0, -value.shape[1] % width)] + [(0, 0)] * (value.ndim - 2))
+        return jnp.moveaxis(value.reshape(value.shape[0], -1, width, *value.shape[2:]), 1, 0)
+
+    return jax.tree.map(cut, tree)
+
+
 def make_train_step(
     model: Decoder,
     objective: Objective,
     method: Method,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Constants, Batch], tuple[TrainState, Metrics]]:
     """Returns the jitted update (state, constants, batch) -> (state, metrics); the old state's buffers are given up.
 
@@ -121,7 +137,7 @@ def make_train_step(
     def gradient(trainable, constants, batch):
         def of(trainable):
             params = method.attach(constants.base, constants.frozen, trainable)
-            return summed_loss(model, objective, params, constants.objective, batch)
+            return summed_loss(model, objective, params, constants.objective, batch, mesh=mesh)
 
         (loss, figures), grads = jax.value_and_grad(of, has_aux=True)(trainable)
         return grads, figures | {"loss": loss}
@@ -136,12 +152,14 @@ def make_train_step(
             rate = jnp.asarray(schedule(state.step), jnp.float32)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics |= {"grad_norm": optax.tree_utils.tree_norm(grads), "learning_rate": rate, "tokens": tokens}
-        return TrainState(state.step + 1, trainable, opt_state), metrics
+        return keep_split(TrainState(state.step + 1, trainable, opt_state), mesh), metrics
 
     return train_step
 
 
-def make_eval_step(model: Decoder, objective: Objective, method: Method) -> Callable[[Any, Constants, Batch], Metrics]:
+def make_eval_step(
+    model: Decoder, objective: Objective, method: Method, mesh: Mesh | None = None
+) -> Callable[[Any, Constants, Batch], Metrics]:
     """Returns the jitted function (trainable, constants, batch) -> {loss and figures summed over tokens, tokens}."""
 
     @jax.jit
@@ -149,7 +167,7 @@ def make_eval_step(model: Decoder, objective: Objective, method: Method) -> Call
         params = method.attach(constants.base, constants.frozen, trainable)
 
         def of(part):
-            loss, figures = summed_loss(model, objective, params, constants.objective, part)
+            loss, figures = summed_loss(model, objective, params, constants.objective, part, mesh=mesh)
             return figures | {"loss": loss}
 
         return _added(of, batch)

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.errors import InputError
 from models.families.common import PREFIXES, Row
+from models.sharding import place_leaf
 
 _WORKERS = 2
 
@@ -36,6 +38,7 @@ def assemble(
     *,
     ignored: Sequence[str],
     dtype: jnp.dtype | None,
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Returns the parameter tree of `Decoder(config)`.
 
@@ -46,6 +49,7 @@ def assemble(
         read: returns one tensor by its name in `names`.
         ignored: regular expressions of tensors that hold no parameter.
         dtype: what the parameters are stored in; None keeps each as it is read.
+        mesh: of devices that the parameters are spread over; None: the default device.
 
     Raises:
         InputError: a parameter without a tensor, a tensor without a parameter, or a shape that does not fit.
@@ -84,7 +88,8 @@ def assemble(
                 f"tensor {by_source[row.source]!r} gives {path} the shape {values.shape}, "
                 f"but the config says {shapes[path].shape}"
             )
-        return jnp.asarray(np.ascontiguousarray(values, dtype=dtype))
+        values = np.ascontiguousarray(values, dtype=dtype)
+        return jnp.asarray(values) if mesh is None else place_leaf(path, values, mesh)
 
     with ThreadPoolExecutor(_WORKERS) as pool:
         arrays = dict(zip(shapes, pool.map(load, shapes), strict=True))

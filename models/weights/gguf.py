@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from models.config import DecoderConfig, RopeConfig, RopeScaling
 from models.errors import InputError
@@ -140,11 +141,11 @@ class GGUFFile:
         }
 
 
-def load_parameters(file: GGUFFile, dtype: jnp.dtype | None) -> dict[str, Any]:
-    """Returns the parameter tree of a GGUF file's model, in `dtype` (None: float32)."""
+def load_parameters(file: GGUFFile, dtype: jnp.dtype | None, mesh: Mesh | None = None) -> dict[str, Any]:
+    """Returns the parameter tree of a GGUF file's model, in `dtype` (None: float32), spread over a mesh if given."""
     config = file.config
     family = FAMILIES[config.family]
-    return assemble(config, family.gguf, file.tensors, file.read, ignored=family.ignored, dtype=dtype)
+    return assemble(config, family.gguf, file.tensors, file.read, ignored=family.ignored, dtype=dtype, mesh=mesh)
 
 
 class _Reader(gguf.GGUFReader):

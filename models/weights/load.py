@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from models.config import DecoderConfig
 from models.decoder import Decoder
@@ -22,13 +23,15 @@ class LoadedModel(NamedTuple):
     tokenizer: Tokenizer | None
 
 
-def load_model(name: str | Path, dtype: str | None = None) -> LoadedModel:
+def load_model(name: str | Path, dtype: str | None = None, mesh: Mesh | None = None) -> LoadedModel:
     """Loads a model.
 
     Args:
         name: a name in `models.weights.registry.MODELS` (fetched on first use), a .gguf file, a Hugging Face folder
             (config.json and safetensors), or a folder written by `models.weights.orbax.save_model`.
         dtype: "float32" or "bfloat16"; None keeps what is stored, and float32 for GGUF. float32 is the fastest on CPUs.
+        mesh: of `models.sharding.make_mesh`: parameters go straight to the devices that hold them. None: the default
+            device.
 
     Raises:
         InputError: an unknown name, a missing or damaged file, an architecture or tensor type that is not supported.
@@ -37,7 +40,7 @@ def load_model(name: str | Path, dtype: str | None = None) -> LoadedModel:
         raise InputError(f"dtype must be float32 or bfloat16 (or left out), got {dtype!r}")
     path = find_model(name)
     wanted = None if dtype is None else jnp.dtype(dtype)
-    config, params, tokenizer = _load_gguf(path, wanted) if path.is_file() else _load_folder(path, wanted)
+    config, params, tokenizer = (_load_gguf if path.is_file() else _load_folder)(path, wanted, mesh)
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.vocab_size)
     return LoadedModel(Decoder(config), params, tokenizer)
@@ -55,14 +58,18 @@ def find_model(name: str | Path) -> Path:
     raise unknown_name("model", str(name), MODELS)
 
 
-def _load_gguf(path: Path, dtype: jnp.dtype | None) -> tuple[DecoderConfig, dict[str, Any], Tokenizer]:
+def _load_gguf(
+    path: Path, dtype: jnp.dtype | None, mesh: Mesh | None
+) -> tuple[DecoderConfig, dict[str, Any], Tokenizer]:
     file = gguf.GGUFFile(path)
-    return file.config, gguf.load_parameters(file, dtype), Tokenizer.from_gguf(file.fields)
+    return file.config, gguf.load_parameters(file, dtype, mesh), Tokenizer.from_gguf(file.fields)
 
 
-def _load_folder(folder: Path, dtype: jnp.dtype | None) -> tuple[DecoderConfig, dict[str, Any], Tokenizer | None]:
+def _load_folder(
+    folder: Path, dtype: jnp.dtype | None, mesh: Mesh | None
+) -> tuple[DecoderConfig, dict[str, Any], Tokenizer | None]:
     source = orbax if (folder / orbax.CONFIG_NAME).exists() else safetensors
     config = source.read_config(folder)
-    params = source.load_parameters(folder, config, dtype)
+    params = source.load_parameters(folder, config, dtype, mesh)
     tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
     return config, params, tokenizer

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from models.config import DecoderConfig, config_from_dict, config_to_dict
 from models.decoder import Decoder
 from models.errors import InputError
+from models.sharding import abstract
 from models.weights.assemble import parameter_shapes
 from models.weights.safetensors import read_json
 from models.weights.tokenizer import Tokenizer
@@ -48,8 +50,10 @@ def read_config(folder: Path) -> DecoderConfig:
     return config_from_dict(values.get("config", {}))
 
 
-def load_parameters(folder: Path, config: DecoderConfig, dtype: jnp.dtype | None) -> dict[str, Any]:
-    """Returns the parameter tree of a model folder, in `dtype` (None: as stored)."""
+def load_parameters(
+    folder: Path, config: DecoderConfig, dtype: jnp.dtype | None, mesh: Mesh | None = None
+) -> dict[str, Any]:
+    """Returns the parameter tree of a model folder, in `dtype` (None: as stored), spread over a mesh if given."""
     path = folder.absolute() / "params"
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -58,9 +62,7 @@ def load_parameters(folder: Path, config: DecoderConfig, dtype: jnp.dtype | None
             if {k: tuple(v.shape) for k, v in stored.items()} != {k: v.shape for k, v in wanted.items()}:
                 raise InputError(f"{folder}: the parameters do not fit the config in {CONFIG_NAME}")
             target = {k: jax.ShapeDtypeStruct(v.shape, dtype or stored[k].dtype) for k, v in wanted.items()}
-            sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            target = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding) for k, v in target.items()}
-            return checkpointer.restore(path, unflatten_dict(target, sep="/"))
+            return checkpointer.restore(path, abstract(unflatten_dict(target, sep="/"), mesh))
     except InputError:
         raise
     except Exception as error:  # orbax raises plain Exception for data it cannot read

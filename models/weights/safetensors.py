@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from jax.sharding import Mesh
 
 from models.config import DecoderConfig
 from models.errors import InputError
@@ -35,8 +36,10 @@ def read_config(folder: Path) -> DecoderConfig:
     return family_of(values).read_config(values)
 
 
-def load_parameters(folder: Path, config: DecoderConfig, dtype: jnp.dtype | None) -> dict[str, Any]:
-    """Returns the parameter tree of the model in a folder, in `dtype` (None: as stored)."""
+def load_parameters(
+    folder: Path, config: DecoderConfig, dtype: jnp.dtype | None, mesh: Mesh | None = None
+) -> dict[str, Any]:
+    """Returns the parameters of the model in a folder, in `dtype` (None: as stored), spread over a mesh if given."""
     handles = {path: _open(path) for path in _shards(folder)}
     place = {name: handle for handle in handles.values() for name in handle.keys()}  # noqa: SIM118 (not a dict)
 
@@ -44,7 +47,7 @@ def load_parameters(folder: Path, config: DecoderConfig, dtype: jnp.dtype | None
         return np.asarray(place[name].get_tensor(name))
 
     family = FAMILIES[config.family]
-    return assemble(config, family.hf, list(place), read, ignored=family.ignored, dtype=dtype)
+    return assemble(config, family.hf, list(place), read, ignored=family.ignored, dtype=dtype, mesh=mesh)
 
 
 def _shards(folder: Path) -> list[Path]:

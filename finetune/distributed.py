@@ -1,0 +1,139 @@
+"""Several processes as one machine: JAX's own multi-controller runtime, and batches made of every process's rows.
+
+Every process runs the same program on the same global arrays. What differs is which rows of a batch it reads
+(`row_share`) and who writes logs (process 0).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from models.errors import InputError
+from models.sharding import ROWS, num_row_shards
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Which processes train together. Nothing needs to be said on one machine, on TPU pods, under Slurm and Open MPI.
+
+    Attributes:
+        coordinator: "host:port" of process 0, on any free port of it.
+        num_processes: how many there are; 1 keeps a process to itself where it would find others.
+        process_id: this one's number, from 0.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [value is not None for value in (self.coordinator, self.num_processes, self.process_id)]
+        if any(given) and not all(given) and self.num_processes != 1:
+            raise InputError(
+                "coordinator, num_processes and process_id go together: give all three (the same coordinator and "
+                f"num_processes to every process) or none; got {self.coordinator!r}, {self.num_processes}, "
+                f"{self.process_id}"
+            )
+        if all(given) and not 0 <= self.process_id < self.num_processes:
+            raise InputError(
+                f"process_id must be 0 to num_processes - 1, which is {self.num_processes - 1}; got {self.process_id}"
+            )
+        host, _, port = (self.coordinator or "host:1").rpartition(":")
+        if not host or not port.isdigit():
+            raise InputError(f"coordinator must be host:port, such as 10.0.0.1:1234; got {self.coordinator!r}")
+
+
+def initialize(config: DistributedConfig) -> None:
+    """Joins the other processes, if there are any; to be called before anything else asks JAX for a device.
+
+    Raises:
+        InputError: the environment names processes, but not all that is needed to join them.
+    """
+    if config.num_processes == 1:
+        return
+    if config.num_processes is not None:
+        jax.distributed.initialize(
+            config.coordinator, config.num_processes, config.process_id, cluster_detection_method="deactivate"
+        )
+        return
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        if "coordinator_address" not in str(error):  # that one says that no cluster was found
+            raise InputError(
+                f"cannot join the other processes: {error}; give coordinator, num_processes and process_id, or "
+                "num_processes 1 to train alone"
+            ) from error
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes logs and files."""
+    return jax.process_index() == 0
+
+
+def check_rows(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
+    """Raises InputError where the rows of a micro-batch, counted over all processes, do not divide over the mesh."""
+    shards = num_row_shards(mesh)
+    if batch_size % shards:
+        below = batch_size - batch_size % shards
+        raise InputError(
+            f"a batch of {batch_size} rows does not divide over the mesh, which spreads rows over {shards} groups of "
+            f"devices (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}): take "
+            f"{f'{below} or ' if below else ''}{below + shards} rows"
+        )
+
+
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """Returns (i, n): the rows of a batch fall into n equal shares, and this process is to read share i.
+
+    Processes whose devices hold the same rows (tensor-parallel ones) read the same share.
+
+    Raises:
+        InputError: the processes' rows overlap in part.
+    """
+    held = _row_shards(mesh)
+    shares = sorted(set(held.values()))
+    if sum(map(len, shares)) != num_row_shards(mesh) or len({len(share) for share in shares}) > 1:
+        raise InputError(
+            f"the mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x tensor {mesh.shape['tensor']} cuts "
+            f"across its {len(held)} processes: choose sizes so that each process holds rows of its own, or all the "
+            "rows that another one holds (tensor a divisor or a multiple of the devices of one process)"
+        )
+    return shares.index(held[jax.process_index()]), len(shares)
+
+
+def global_batch(batch: Any, mesh: Mesh) -> Any:
+    """Returns the batch of all processes: each passes the rows of its `row_share`, numpy arrays [A, B / n, ...].
+
+    Where a row stands in the whole batch follows from the devices; every row is there once.
+
+    Raises:
+        InputError: the rows do not divide over the mesh, or the processes' rows overlap in part.
+    """
+    mine, shares = _row_shards(mesh)[jax.process_index()], row_share(mesh)[1]
+    sharding = NamedSharding(mesh, P(None, ROWS))
+
+    def whole(rows):
+        num_rows = rows.shape[1] * shares
+        check_rows(num_rows, mesh)
+        each = rows.shape[1] // len(mine)
+
+        def part(index):
+            start = mine.index((index[1].start or 0) // each) * each
+            return rows[:, start : start + each]
+
+        return jax.make_array_from_callback((rows.shape[0], num_rows, *rows.shape[2:]), sharding, part)
+
+    return jax.tree.map(whole, batch)
+
+
+def _row_shards(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+    """Returns which of the parts that rows are split into each process holds, in order."""
+    held: dict[int, set[int]] = {}
+    for part, devices in enumerate(mesh.devices.reshape(num_row_shards(mesh), -1)):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(part)
+    return {process: tuple(sorted(parts)) for process, parts in held.items()}

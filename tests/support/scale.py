@@ -1,0 +1,192 @@
+"""Runs that need more devices or processes than a test has: `start` runs a function of this file in new processes.
+
+Each prints one line of JSON, which comes back to the test. The same functions run in a test's own process, on one
+device, for what the others are compared with.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from decoding import make_decode_fn
+from finetune.adapters import LoraConfig, make_adapter
+from finetune.adapters.adapter import LINEAR, rebase, select
+from finetune.distributed import DistributedConfig, global_batch, initialize, is_main, row_share
+from finetune.objectives import cross_entropy
+from finetune.optimizers import OptimizerConfig, learning_rate, make_optimizer
+from finetune.state import Batch, Constants, TrainState, adapter_tuning, full_tuning, new_state
+from finetune.trainer import make_train_step, train
+from models.decoder import Decoder
+from models.sharding import MeshConfig, abstract, build, make_mesh, place
+from tests.conftest import tiny_config
+
+ROOT = Path(__file__).parents[2]
+ROWS, LENGTH, STEPS = 8, 12, 3
+TIMEOUT = 150.0  # seconds
+
+
+def start(name: str, arguments: list[dict[str, Any]], devices: int) -> list[Any]:
+    """Returns what function `name` gave in each of several processes, one for each dict of arguments."""
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.support.scale", name, json.dumps(values)],
+            cwd=ROOT,
+            env={**os.environ, **flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for values in arguments
+    ]
+    try:
+        results = [process.communicate(timeout=TIMEOUT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for process, (out, err) in zip(processes, results, strict=True):
+        assert process.returncode == 0, f"{out}\n{err}"
+    return [json.loads(out.splitlines()[-1]) for out, _ in results]
+
+
+class Run:
+    """A training run of the tiny model ("full" or "lora") on a mesh, or without one on one device."""
+
+    def __init__(self, mesh: jax.sharding.Mesh | None, tuning: str):
+        self.mesh = mesh
+        model = Decoder(tiny_config(), remat=True)
+        params = self._made(lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"], jax.random.key(0))
+        if tuning == "full":
+            method = full_tuning(jax.tree.map(lambda leaf: leaf.dtype, params))
+            base, frozen, trainable = {}, {}, params
+        else:
+            adapter = make_adapter(LoraConfig(rank=4))
+            frozen, trainable = self._made(lambda p: adapter.init(jax.random.key(1), select(p, LINEAR), None), params)
+            method, base = adapter_tuning(adapter), rebase(adapter, params, frozen)
+        config = OptimizerConfig(learning_rate=3e-2, weight_decay=0.1)
+        optimizer = make_optimizer(config, STEPS, method)
+        objective = cross_entropy(1e-3)
+        self.constants = Constants(base, frozen, objective.constants)
+        self.first = self._made(lambda values: new_state(values, optimizer), trainable)
+        self.step = make_train_step(model, objective, method, optimizer, learning_rate(config, STEPS), mesh)
+
+    def _made(self, function: Any, *args: Any) -> Any:
+        return jax.jit(function)(*args) if self.mesh is None else build(function, *args, mesh=self.mesh)
+
+    def batch(self, step: int) -> Batch:
+        """Returns the batch of a step, two micro-batches of uneven texts; each process makes its own rows."""
+        if self.mesh is None:
+            return rows_of(step, range(ROWS))
+        index, count = row_share(self.mesh)
+        share = ROWS // count
+        return global_batch(rows_of(step, range(index * share, (index + 1) * share)), self.mesh)
+
+    def go(self, state: TrainState | None = None, steps: int = STEPS) -> tuple[list[float], TrainState]:
+        """Returns (losses, state) of the updates up to `steps`."""
+        losses: list[float] = []
+        state = self.first if state is None else state
+        state = train(
+            self.step, state, self.constants, self.batch, steps, lambda _, figures: losses.append(figures["loss"])
+        )
+        return losses, state
+
+
+def rows_of(step: int, rows: range) -> Batch:
+    """Returns [2, rows, LENGTH] of a step's batch, the same whichever rows are asked for together."""
+    made = [np.random.default_rng((step, row)).integers(1, 61, (2, 1, LENGTH), dtype=np.int32) for row in rows]
+    tokens = np.concatenate(made, axis=1)
+    places = np.broadcast_to(np.arange(LENGTH, dtype=np.int32)[None, None, :], tokens.shape)
+    first = 5 + np.asarray(rows, np.int32)[None, :, None] % 4  # tokens of the first text of a row, then a second
+    last = LENGTH - np.asarray(rows, np.int32)[None, :, None] % 3  # from here on padding
+    segments = np.where(places < last, 1 + (places >= first), 0).astype(np.int32)
+    return Batch(tokens, (segments > 0) & (tokens % 7 > 0), segments, np.where(places < first, places, places - first))
+
+
+def mesh_losses(runs: list[list[Any]]) -> list[dict[str, Any]]:
+    """Trains on each of several [data, fsdp, tensor, tuning]; says how the state was split, and what was compiled."""
+    found = []
+    for data, fsdp, tensor, tuning in runs:
+        run = Run(make_mesh(MeshConfig(data, fsdp, tensor)), tuning)
+        before = jax.tree.map(lambda leaf: leaf.sharding, run.first)
+        losses, state = run.go()
+        kept = jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, state, before)
+        leaves = jax.tree.leaves(state)
+        found.append(
+            {
+                "losses": losses,
+                "kept": all(jax.tree.leaves(kept)),
+                "compiled": run.step._cache_size(),
+                "share": sum(leaf.addressable_shards[0].data.size for leaf in leaves)
+                / sum(leaf.size for leaf in leaves),
+            }
+        )
+    return found
+
+
+def process_losses(coordinator: str, process_id: int, mesh: list[int], folder: str) -> dict[str, Any]:
+    """Trains as one of two processes, saves and restores on the way."""
+    initialize(DistributedConfig(coordinator, 2, process_id))
+    run = Run(make_mesh(MeshConfig(*mesh)), "lora")
+    losses, state = run.go(steps=1)
+    save(folder, state)
+    losses += run.go(restore(folder, run))[0]
+    index, count = row_share(run.mesh)
+    whole = place({"q": {"kernel": np.arange(64, dtype=np.float32).reshape(8, 8)}}, run.mesh)["q"]["kernel"]
+    return {
+        "losses": losses,
+        "main": is_main(),
+        "devices": [jax.local_device_count(), jax.device_count()],
+        "share": [index, count],
+        "placed": float(jnp.square(whole).sum()),
+    }
+
+
+def save(folder: str, state: TrainState) -> None:
+    """Writes a state with orbax."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(Path(folder), state)
+
+
+def restore(folder: str, run: Run) -> TrainState:
+    """Reads a state into a run's own places, whatever the mesh that it was written from."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(Path(folder), abstract(run.first, run.mesh))
+
+
+def resume(source: str, target: str, mesh: list[int], tuning: str, steps: int) -> list[float]:
+    """Goes on from `source` ("": from the start) to `steps` on a mesh, saves in `target`, and returns the losses."""
+    run = Run(make_mesh(MeshConfig(*mesh)), tuning)
+    losses, state = run.go(restore(source, run) if source else None, steps)
+    save(target, state)
+    return losses
+
+
+def decoded(mesh: list[int] | None) -> dict[str, Any]:
+    """Decodes a ragged batch with the tiny model, on a mesh or without one."""
+    model = Decoder(tiny_config())
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = jax.tree.map(lambda leaf: leaf * 12.0 if leaf.ndim == 2 else leaf, params)
+    params = params if mesh is None else place(params, make_mesh(MeshConfig(*mesh)))
+    prompts = [[(7 * row + place) % 61 for place in range(2 + 3 * row)] for row in range(4)]
+    found = {}
+    for method, sampling in (("greedy", {}), ("token_recycling", {}), ("sample", {"temperature": 0.7})):
+        decode_fn = make_decode_fn(model, method, max_new_tokens=10)
+        out = decode_fn(params, prompts, [1, 2, 3, 4], max_new_tokens=[10, 4, 7, 10], **sampling)
+        found[method] = [row[:length] for row, length in zip(out.tokens.tolist(), out.lengths.tolist(), strict=True)]
+        if out.warm is not None:
+            again = decode_fn(params, prompts, warm=out.warm)
+            found["warm"], found["steps"] = again.tokens.tolist(), int(again.stats.steps.sum())
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(globals()[sys.argv[1]](**json.loads(sys.argv[2]))))
