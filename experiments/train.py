@@ -11,6 +11,35 @@ from experiments.train_config import TrainConfig
 _PROG = "python -m experiments.train"
 
 
+def describe(config: TrainConfig) -> str:
+    """Returns what a run keeps and how it is spread over its mesh, which need not be here; reads no weights."""
+    import jax
+
+    from finetune import state
+    from finetune.adapters import make_adapter
+    from finetune.dry_run import adapter_shapes, dry_run, model_shapes, render
+    from finetune.optimizers import make_optimizer
+    from models.decoder import Decoder
+    from models.scratch import scratch_model
+    from models.sharding import abstract_mesh
+    from models.weights.byte_tokenizer import byte_tokenizer
+    from models.weights.load import read_config
+
+    if config.scratch is not None:
+        model = scratch_model(config.scratch, byte_tokenizer().vocab_size)
+    else:
+        model = Decoder(read_config(config.model))
+    base, frozen = model_shapes(model, config.dtype or "float32"), {}
+    if config.adapter is None:
+        base, trainable, method = {}, model_shapes(model), state.full_tuning(jax.tree.map(lambda x: x.dtype, base))
+    else:
+        adapter = make_adapter(config.adapter)
+        frozen, trainable = adapter_shapes(adapter, base, config.adapter.targets)
+        method = state.adapter_tuning(adapter)
+    optimizer = make_optimizer(config.optimizer, config.steps, method)
+    return render(dry_run(base, frozen, trainable, optimizer, abstract_mesh(config.mesh)))
+
+
 def main() -> None:
     """Loads the config and trains, or prints what training would take."""
     config = load_config(TrainConfig, prog=_PROG, description=(__doc__ or "").split("\n")[0])
@@ -19,8 +48,6 @@ def main() -> None:
     setup_runtime()
     initialize(config.distributed)
     if config.dry_run:
-        from experiments.dry_run import describe
-
         print(describe(config))
         return
     from experiments.training import run_training

@@ -39,7 +39,10 @@ def markdown(config: "TrainTableConfig", rows: Mapping[str, Figures]) -> str:
     shown = {name: form for name, form in COLUMNS.items() if any(name in figures for figures in rows.values())}
     papers = {row.name: row.paper for row in config.rows}
     lines = [f"# {config.title or config.table}", "", _setting(config), "", machine(), ""]
-    lines += [f"| row | {' | '.join(title for title, _ in shown.values())} | paper |", f"|{' --- |' * (len(shown) + 2)}"]
+    lines += [
+        f"| row | {' | '.join(title for title, _ in shown.values())} | paper |",
+        f"|{' --- |' * (len(shown) + 2)}",
+    ]
     for row, figures in rows.items():
         values = [format(figures[name], form) if name in figures else "" for name, (_, form) in shown.items()]
         lines.append(f"| {row} | {' | '.join(values)} | {papers.get(row, '')} |")
@@ -69,8 +72,8 @@ def _setting(config: "TrainTableConfig") -> str:
         else run.model
     )
     return (
-        f"Preset {config.preset}: every row starts from {start}, and makes {size.steps} updates of {run.batch_size} rows "
-        f"of {run.length} tokens. Of several learning rates the one with the least held-out loss is shown."
+        f"Preset {config.preset}: every row starts from {start}, and makes {size.steps} updates of {run.batch_size} "
+        f"rows of {run.length} tokens. Of several learning rates the one with the least held-out loss is shown."
     )
 
 

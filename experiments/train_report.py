@@ -28,6 +28,7 @@ class CompiledStep:
         self._step, self._compiled, self.seconds = step, {}, 0.0
 
     def __call__(self, state: TrainState, constants: Constants, batch: Batch) -> Any:
+        """Makes an update."""
         return self.compiled(state, constants, batch)(state, constants, batch)
 
     def compiled(self, state: TrainState, constants: Constants, batch: Batch) -> Any:
@@ -111,7 +112,7 @@ class Evaluator:
     def __init__(self, settings: Evaluation, run: "Run"):
         """Plans what is measured; nothing is compiled yet."""
         self._run, self._settings = run, settings
-        self._step = make_eval_step(run.base.model, run.objective, run.method)
+        self._step = make_eval_step(run.base.model, run.objective, run.method, run.mesh)
         self._questions = run.data.questions[: settings.examples]
         self._decode: Callable | None = None
 

@@ -7,17 +7,14 @@ it came to on questions that decided nothing. A run that is finished is kept; on
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from experiments.cells import cell_key
 from experiments.config import dump_config
 from experiments.train_config import TrainConfig
 from finetune.adapters import AdapterConfig
-from finetune.data import GeneratedData
 from finetune.objective_configs import CrossEntropyConfig, ObjectiveConfig
-from models.errors import InputError
 
 Figures = dict[str, float]
 BASE = "base"  # the row of the model before it is trained further

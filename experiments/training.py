@@ -73,10 +73,10 @@ def load_base(config: TrainConfig, mesh: Mesh) -> Base:
     from models.weights.load import load_model
 
     if config.scratch is None:
-        model, params, tokenizer = load_model(config.model, config.dtype)
+        model, params, tokenizer = load_model(config.model, config.dtype, mesh)
         if tokenizer is None:
             raise InputError(f"{config.model} has no tokenizer.json: put the model's tokenizer.json into the folder")
-        name, params = Path(config.model).name, place(params, mesh)
+        name = Path(config.model).name
     else:
         shape = config.scratch
         tokenizer = byte_tokenizer() if shape.tokenizer == "bytes" else load_model(shape.tokenizer).tokenizer
@@ -97,7 +97,7 @@ def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
     batches, test = _batches(config, data.train, mesh), config.evaluation.batches
     held_out = _batches(dataclasses.replace(config, accumulate=1), data.test, mesh) if len(data.test) and test else ()
     held_out = tuple(global_batch(held_out(step), mesh) for step in range(min(len(held_out), test)))
-    objective = _objective(config, base)
+    objective = _objective(config, base, mesh)
     method, frozen, trainable, rebased = _method(config, base, mesh, objective, batches, checkpoints)
     optimizer = make_optimizer(config.optimizer, config.steps, method)
     with jax.numpy_dtype_promotion("standard"):
@@ -106,7 +106,7 @@ def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
         _check_same(config, batches, checkpoints.facts())
         state, frozen, _ = checkpoints.restore(state, frozen)
     schedule = learning_rate(config.optimizer, config.steps)
-    step = make_train_step(base.model, objective, method, optimizer, schedule)
+    step = make_train_step(base.model, objective, method, optimizer, schedule, mesh)
     constants = Constants(rebased(frozen), frozen, objective.constants)
     return Run(base, mesh, data, batches, held_out, method, objective, constants, state, CompiledStep(step))
 
@@ -125,12 +125,12 @@ def _batches(config: TrainConfig, rows: Rows, mesh: Mesh) -> Batches:
     )
 
 
-def _objective(config: TrainConfig, base: Base) -> Objective:
+def _objective(config: TrainConfig, base: Base, mesh: Mesh) -> Objective:
     from models.weights.load import load_model
 
     teacher = None
     if isinstance(config.objective, DistillationConfig):
-        teacher = load_model(config.objective.teacher, config.dtype)[:2]
+        teacher = load_model(config.objective.teacher, config.dtype, mesh)[:2]
     return make_objective(config.objective, base.model, base.params, base.tokenizer.vocab_size, teacher)
 
 

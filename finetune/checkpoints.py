@@ -1,7 +1,7 @@
 """Checkpoints of a run: state, frozen values and facts (data position, config), by orbax, in the background.
 
-A checkpoint is there whole or not at all: a run that is killed goes on from the last whole one. The position in the data
-is the number of updates made: what batch comes next follows from it and from the data's fingerprint, one of the facts.
+A checkpoint is there whole or not at all: a run that is killed goes on from the last whole one. The position in the
+data is the number of updates made: what batch comes next follows from it and from the data's fingerprint, a fact.
 """
 
 from collections.abc import Mapping

@@ -185,8 +185,8 @@ def no_estimate(shape: tuple[int, int]) -> Estimate:
 def best_size(curve: LatencyCurve, gains: jax.Array, active: jax.Array) -> jax.Array:
     """Returns the index, i32[], of the size that emits most tokens per second.
 
-    One row is left only for a clear gain: a curve has the target's pass alone, chances are estimates, and the highest of
-    several estimates tends to be too high.
+    One row is left only for a clear gain: a curve has the target's pass alone, chances are estimates, and the highest
+    of several estimates tends to be too high.
 
     Args:
         curve: what the sizes cost.

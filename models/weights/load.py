@@ -46,6 +46,14 @@ def load_model(name: str | Path, dtype: str | None = None, mesh: Mesh | None = N
     return LoadedModel(Decoder(config), params, tokenizer)
 
 
+def read_config(name: str | Path) -> DecoderConfig:
+    """Returns the config of a model, named as for `load_model`, without reading its weights."""
+    path = find_model(name)
+    if path.is_file():
+        return gguf.GGUFFile(path).config
+    return (orbax if (path / orbax.CONFIG_NAME).exists() else safetensors).read_config(path)
+
+
 def find_model(name: str | Path) -> Path:
     """Returns the file or folder of a model, fetching it if it is a registry name that is not in the cache yet."""
     path = Path(name).expanduser()

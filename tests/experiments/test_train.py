@@ -126,7 +126,9 @@ def test_a_killed_run_goes_on(tmp_path):
 
 def test_an_adapter_is_saved_alone(run, tmp_path):
     write_tiny_folder(tmp_path / "model")
-    values = run("lora", "--scratch", "None", "--model", str(tmp_path / "model"), "--adapter.type", "lora", "--steps", "3")
+    values = run(
+        "lora", "--scratch", "None", "--model", str(tmp_path / "model"), "--adapter.type", "lora", "--steps", "3"
+    )
     assert len(values) == 3
     assert (tmp_path / "lora" / "adapter").is_dir() and not (tmp_path / "lora" / "model").exists()
 

@@ -31,7 +31,9 @@ def test_figures_go_to_both_files(tmp_path, capsys):
         log.figures(10, {"train/loss": 1.5, "perf/step_seconds": 0.25})
         log.figures(20, {"train/loss": 1.25, "eval/loss": 2.0})
     assert lines(tmp_path)[0] == {"step": 10, "train/loss": 1.5, "perf/step_seconds": 0.25}
-    scalars = {(e.step, v.tag): v.simple_value for e in events(tmp_path) for v in e.summary.value if "config" not in v.tag}
+    scalars = {
+        (e.step, v.tag): v.simple_value for e in events(tmp_path) for v in e.summary.value if "config" not in v.tag
+    }
     assert scalars[10, "train/loss"] == 1.5 and scalars[20, "eval/loss"] == 2.0
     assert any("steps: 20" in str(v.tensor) for e in events(tmp_path) for v in e.summary.value)
     assert "step 10/20  loss 1.5" in capsys.readouterr().out
