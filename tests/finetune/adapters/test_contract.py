@@ -45,9 +45,13 @@ def first_update(kernel: np.ndarray, gradient: np.ndarray) -> np.ndarray:
 
 
 ROWS = {
+    "lamda": Row({"rank": 4, "alpha": 8.0}, lambda i, o: 4 * (4 + o), atol=1e-5),
+    "lamda_plus_plus": Row({"rank": 4, "alpha": 8.0}, lambda i, o: 4 * (4 + o), atol=1e-5),  # of few layers, all get R
     "lora": Row({"rank": 3, "alpha": 6.0}, lambda i, o: 3 * (i + o)),
     "lora_sb": Row({"rank": 3, "first_step": 1e-3}, lambda i, o: 9, first_update),
     "lora_xs": Row({"rank": 3, "alpha": 6.0}, lambda i, o: 9, rate=1e-1, atol=3e-4),
+    "nola": Row({"rank": 3, "bases": 8}, lambda i, o: 16, rate=2e-1),
+    "sora": Row({"rank": 3, "alpha": 6.0}, lambda i, o: 3 * (i + o + 1)),
 }
 
 
