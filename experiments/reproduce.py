@@ -3,7 +3,8 @@
 Every row is a method, every column a task of the questions file; the first row is plain decoding, measured in the same
 run. Tasks go one after another and all rows of a task side by side in time, so that a slow minute of the machine meets
 them all. A cell that is measured is kept and not measured again; an interrupted run goes on where it stopped. Writes
-table.md, table.csv, plot.png and runs/ to results/<table>/<preset>.
+table.md, table.csv, plot.png and runs/ to results/<table>/<preset>. A config of `type: training` is a table of training
+runs (`experiments.train_table`).
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments.cells import Cell, Retrieval, Row, cell_key, load_cell, longest_prompt, save_cell
+from experiments.command_line import split_flags, take_config_path
 from experiments.config import load_config, save_config
 from experiments.decode import SamplingSettings
 from experiments.generated import generate
@@ -23,7 +25,11 @@ from experiments.questions import Question, read_questions
 from experiments.runtime import run_main, setup_runtime
 from experiments.tables import write_table
 from experiments.train_acceptance_head import ensure_head, head_stamp
+from experiments.yaml_io import read_yaml
 from models.errors import InputError, unknown_name
+
+_PROG = "python -m experiments.reproduce"
+_DESCRIPTION = (__doc__ or "").split("\n")[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,13 +224,33 @@ def read_tasks(config: TableConfig) -> dict[str, list[Question]]:
     return {task: [q for q in questions if q.task == task] for task in tasks if task in wanted}
 
 
+def is_training_table(argv: Sequence[str]) -> bool:
+    """Whether the config that a command line names is a table of training runs: it says `type: training`."""
+    path, _ = take_config_path(split_flags(argv))
+    return path is not None and read_yaml(path)[0].get("type") == "training"
+
+
+def run_training_table(argv: Sequence[str]) -> str:
+    """Trains what is missing of a table of training runs and writes it; returns the page."""
+    from experiments import train_pages, train_table
+
+    config = load_config(train_table.TrainTableConfig, argv, prog=_PROG, description=_DESCRIPTION)
+    setup_runtime()
+    with locked(config.folder):
+        save_config(config, config.folder / "config.yaml")
+        written = train_pages.write_table(config, train_table.measure(config))
+    return f"\n{written}\nsaved in {config.folder}{os.sep}"
+
+
 def main(argv: list[str] | None = None) -> None:
     """Loads the table's config, measures what is missing, writes the table."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
-    prog = "python -m experiments.reproduce"
-    config = load_config(TableConfig, argv, prog=prog, description=(__doc__ or "").split("\n")[0])
+    if is_training_table(argv):
+        print(run_training_table(argv))
+        return
+    config = load_config(TableConfig, argv, prog=_PROG, description=_DESCRIPTION)
     questions = read_tasks(config)
     setup_runtime()
     with locked(config.folder):

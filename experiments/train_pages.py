@@ -65,7 +65,7 @@ def answer(claim: "TrainClaim", rows: Mapping[str, Figures]) -> str:
 
 def _setting(config: "TrainTableConfig") -> str:
     size, run = config.size, config.run
-    shape = config.base.scratch if config.base is not None else None
+    shape = config.start.scratch if config.start is not None else None
     start = (
         f"a new model of {shape.layers} layers, width {shape.width}, trained for {size.base_steps} updates"
         if shape is not None

@@ -70,7 +70,7 @@ class TrainTableConfig:
     type: Literal["training"] = "training"
     table: str = "adapters"  # its name, and its folder's
     title: str = ""
-    base: TrainConfig | None = None  # trains the model that rows start from; None: they start from `run.model`
+    start: TrainConfig | None = None  # trains the model that rows start from; None: they start from `run.model`
     run: TrainConfig = TrainConfig()  # what all rows share
     rows: tuple[TrainRow, ...] = (TrainRow(),)
     claims: tuple[TrainClaim, ...] = ()
@@ -126,10 +126,10 @@ def train_base(config: TrainTableConfig) -> str:
     """Trains the model that rows start from, where that is asked for and not done; returns its folder or name."""
     from experiments.training import run_training
 
-    if config.base is None:
+    if config.start is None:
         return config.run.model
     folder = config.folder / BASE
-    base = dataclasses.replace(config.base, steps=config.size.base_steps, run_dir=folder)
+    base = dataclasses.replace(config.start, steps=config.size.base_steps, run_dir=folder)
     if not (folder / "model").is_dir():
         print(f"training the model that all rows start from, {base.steps} updates", flush=True)
         run_training(base)

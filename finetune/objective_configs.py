@@ -1,0 +1,63 @@
+"""What is minimised, from a config: every objective's settings, told apart by `type`, and `make_objective`."""
+
+import dataclasses
+from typing import Any, Literal
+
+from finetune.distillation import DistillationConfig, distillation
+from finetune.emo import EmoConfig, emo, head_directions
+from finetune.objectives import Objective, cross_entropy
+from models.decoder import Decoder
+from models.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropyConfig:
+    """Cross-entropy with the labels.
+
+    Attributes:
+        z_loss: weight of log(Z)^2, at least 0 (`finetune.objectives.cross_entropy`).
+    """
+
+    type: Literal["cross_entropy"] = "cross_entropy"
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.z_loss >= 0:
+            raise InputError(f"z_loss must not be negative, got {self.z_loss}")
+
+
+ObjectiveConfig = CrossEntropyConfig | EmoConfig | DistillationConfig
+
+
+def make_objective(
+    config: ObjectiveConfig, model: Decoder, params: Any, num_tokens: int, teacher: tuple[Decoder, Any] | None = None
+) -> Objective:
+    """Returns the objective that a config stands for.
+
+    Args:
+        config: of any objective.
+        model: the network to be trained.
+        params: its parameters at the start; read now, never kept.
+        num_tokens: ids of the tokenizer; a model's vocabulary may have rows behind them, as padding.
+        teacher: (network, parameters) of the model that a `DistillationConfig` names, of the same tokenizer.
+
+    Raises:
+        InputError: more ids than a model has rows for, or distillation without a teacher.
+    """
+    _check_tokens("the model", model, num_tokens)
+    if isinstance(config, EmoConfig):
+        return emo(config, head_directions(model.config, params, num_tokens))
+    if isinstance(config, DistillationConfig):
+        if teacher is None:
+            raise InputError("distillation needs a teacher: pass teacher=(model, params)")
+        _check_tokens("the teacher", teacher[0], num_tokens)
+        return distillation(config, *teacher, num_tokens)
+    return cross_entropy(config.z_loss)
+
+
+def _check_tokens(who: str, model: Decoder, num_tokens: int) -> None:
+    if not 1 <= num_tokens <= model.config.vocab_size:
+        raise InputError(
+            f"{who} has rows for {model.config.vocab_size} ids, but the tokenizer has {num_tokens}: take the tokenizer "
+            "that belongs to it"
+        )

@@ -1,0 +1,98 @@
+"""A table of training runs: every row from one base, the best learning rate shown, finished runs kept."""
+
+import json
+
+import pytest
+
+from experiments import reproduce, train_table
+from experiments.train_pages import answer
+from experiments.train_table import TrainClaim
+from models.errors import InputError
+
+TABLE = """
+type: training
+table: tiny
+start:
+  scratch: {layers: 1, width: 16, heads: 2, kv_heads: 1, mlp_width: 24, max_length: 64}
+  adapter: null
+  data: {type: generated, tasks: [double], size: 40, test_size: 12}
+  batch_size: 4
+  length: 32
+run:
+  data: {type: generated, tasks: [larger], size: 40, test_size: 12}
+  batch_size: 4
+  length: 32
+  evaluation: {batches: 2, max_new_tokens: 3}
+rows:
+  - {name: full, adapter: null, learning_rates: [1e-2]}
+  - {name: xs, adapter: {type: lora_xs, rank: 2}, learning_rates: [1e-3, 1e-1], paper: "54.3"}
+claims:
+  - {text: fewer numbers are trained, row: xs, than: full, measure: size/trainable, below: true, factor: 0.5}
+presets:
+  smoke: {base_steps: 3, steps: 2, examples: 2}
+"""
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
+    (tmp_path / "table.yaml").write_text(TABLE)
+    out = tmp_path / "out"
+    return lambda *more: reproduce.main(
+        [str(tmp_path / "table.yaml"), "--preset", "smoke", "--out", str(out), *more]
+    ), out
+
+
+def test_a_table_is_written_and_its_runs_are_kept(table, capsys, monkeypatch):
+    run, out = table
+    run()
+    printed = capsys.readouterr().out
+    assert "(kept)" not in printed and printed.count("exact match") >= 3
+    assert {path.name for path in out.iterdir()} >= {"table.md", "table.csv", "plot.png", "config.yaml", "runs", "base"}
+    page = (out / "table.md").read_text()
+    assert "fewer numbers are trained: **reproduced** here" in page and "54.3" in page
+    rates = {path.name: json.loads((path / "figures.json").read_text())["figures"] for path in (out / "runs").iterdir()}
+    assert set(rates) == {"full-0.01", "xs-0.001", "xs-0.1"}
+    best = min(rates["xs-0.001"], rates["xs-0.1"], key=lambda figures: figures["eval/loss"])
+    assert f"| xs | {best['eval/loss']:.4f} |" in page
+    assert rates["full-0.01"]["size/trainable"] > rates["xs-0.1"]["size/trainable"] == 2 * 2 * 7
+    assert rates["full-0.01"]["size/step_bytes"] > rates["xs-0.1"]["size/step_bytes"] > 0
+    run()
+    assert capsys.readouterr().out.count("(kept)") == 3
+    run("--presets.smoke.steps", "3")
+    assert "(kept)" not in capsys.readouterr().out, "another number of updates is another run"
+    assert not list((out / "runs").glob("*/checkpoints"))
+
+
+def test_an_interrupted_table_goes_on(table, capsys, monkeypatch):
+    run, out = table
+    whole, done = train_table.run_cell, []
+
+    def second_fails(*args):
+        done.append(args)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(train_table, "run_cell", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.setattr(train_table, "run_cell", whole)
+    run()
+    assert capsys.readouterr().out.count("(kept)") == 1
+
+
+def test_rows_need_names_of_their_own(table, tmp_path):
+    run, _ = table
+    (tmp_path / "table.yaml").write_text(TABLE.replace("name: xs", "name: full").replace("row: xs", "row: full"))
+    with pytest.raises(InputError, match="names of their own"):
+        run()
+
+
+def test_claims_are_answered_by_the_figures():
+    rows = {"a": {"x": 1.0}, "b": {"x": 2.0}}
+    claim = TrainClaim("a is small", "a", "b", "x", 0.6, below=True)
+    assert "**reproduced**" in answer(claim, rows)
+    assert "**not reproduced**" in answer(TrainClaim("a is small", "a", "b", "x", 0.4, below=True), rows)
+    assert "**not reproduced**" in answer(TrainClaim("a is large", "a", "b", "x"), rows)
+    assert "**not measured**" in answer(TrainClaim("a is large", "a", "b", "y"), rows)
