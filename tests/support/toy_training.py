@@ -41,7 +41,7 @@ def toy_batch(parts: int = 1, rows: int = 4, seed: int = 0) -> Batch:
     first, last = rng.integers(3, 6, (rows, 1)), rng.integers(8, 13, (rows, 1))
     segments = np.where(places < first, 1, np.where(places < last, 2, 0))
     positions = np.where(places < first, places, np.where(places < last, places - first, 0))
-    values = (rng.integers(0, 6, shape), rng.random(shape) < 0.67, segments, positions)
+    values = (rng.integers(0, 6, shape), (rng.random(shape) < 0.67) & (segments > 0), segments, positions)
     kinds = (jnp.int32, bool, jnp.int32, jnp.int32)
     arrays = [jnp.asarray(v.reshape(parts, -1, 12), kind) for v, kind in zip(values, kinds, strict=True)]
     return Batch(*arrays)
