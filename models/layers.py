@@ -102,7 +102,9 @@ class MLP(nn.Module):
         width, bias, activation = self.config.width, self.config.bias, _ACTIVATIONS[self.config.activation]
         inner = Linear(width, bias, name="up")(x)
         if self.config.gated:
-            inner = activation(Linear(width, bias, name="gate")(x)) * inner
+            # A backward pass makes the product again from its two factors: nothing in between is kept.
+            gated = jax.checkpoint(lambda gate, inner: activation(gate) * inner)
+            inner = gated(Linear(width, bias, name="gate")(x), inner)
         else:
             inner = activation(inner)
         return Linear(x.shape[-1], bias, name="down")(inner)

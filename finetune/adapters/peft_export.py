@@ -87,8 +87,8 @@ def export_peft(
         raise InputError("every rank of this adapter is 0, so there is nothing to export: use the model as it is")
     tensors = {}
     for name, lora in modules.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = lora.a
-        tensors[f"base_model.model.{name}.lora_B.weight"] = lora.b
+        tensors[f"base_model.model.{name}.lora_A.weight"] = np.ascontiguousarray(lora.a)  # written as it lies in memory
+        tensors[f"base_model.model.{name}.lora_B.weight"] = np.ascontiguousarray(lora.b)
     with whole_folder(folder, mark=CONFIG_NAME) as staging:
         save_file(tensors, staging / WEIGHTS_NAME, {"format": "pt"})
         text = json.dumps(_peft_config(modules, config, base_name), indent=1)
@@ -99,7 +99,7 @@ def _lora(factors: Factors) -> Lora:
     a, core, b = (None if x is None else np.asarray(jax.device_get(x), np.float32) for x in factors[:3])
     if core is not None:
         a = a * core[None, :] if core.ndim == 1 else a @ core
-    return Lora(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), float(factors.scale))
+    return Lora(a.T, b.T, float(factors.scale))
 
 
 def _refactored(factors: Factors, kernel: jax.Array, base: jax.Array) -> Lora:
@@ -108,7 +108,7 @@ def _refactored(factors: Factors, kernel: jax.Array, base: jax.Array) -> Lora:
     moved = np.asarray(jax.device_get(base), np.float32) - np.asarray(jax.device_get(kernel), np.float32)
     u, s, v = np.linalg.svd(moved + lora.scale * (lora.b @ lora.a).T, full_matrices=False)
     rank = min(2 * lora.a.shape[0], len(s))
-    return Lora(s[:rank, None] * u[:, :rank].T, np.ascontiguousarray(v[:rank].T), 1.0)
+    return Lora(s[:rank, None] * u[:, :rank].T, v[:rank].T, 1.0)
 
 
 def _module_name(path: str, config: DecoderConfig) -> str:

@@ -87,6 +87,18 @@ def test_names_shapes_and_settings(tiny, tmp_path):
     assert len(tensors) == 34
 
 
+def test_the_file_holds_what_was_folded(tiny, tmp_path):
+    """Of a method that moves kernels too, whose factors come out of a decomposition in another order in memory."""
+    model, params = tiny
+    adapter, shapes = adapter_of(move=1.5), shapes_of(params, {"q": 2, "down": 3})
+    frozen, trainable = drawn(shapes, 1), drawn(shapes, 2)
+    export_peft(tmp_path / "peft", model.config, "hub/name", adapter, params, frozen, trainable)
+    tensors = load_file(tmp_path / "peft" / WEIGHTS_NAME)
+    lora = fold(adapter, params, frozen, trainable)["layers_2/mlp/down"]
+    np.testing.assert_array_equal(tensors["base_model.model.model.layers.2.mlp.down_proj.lora_A.weight"], lora.a)
+    np.testing.assert_array_equal(tensors["base_model.model.model.layers.2.mlp.down_proj.lora_B.weight"], lora.b)
+
+
 def gpt2():
     norm = NormConfig("layer")
     block = BlockConfig(AttentionConfig(2, 2, 8, True, True, rope=None), MLPConfig(24, "gelu_tanh", False, True), norm)
