@@ -206,6 +206,9 @@ def run_training(config: TrainConfig) -> Figures:
 def _train(config: TrainConfig, run: Run, checkpoints: Checkpoints, log: RunLog) -> Figures:
     """Goes through the updates with their hooks; returns the last figures of every kind."""
     reporter, evaluate = Reporter(config, run, log), Evaluator(config.evaluation, run)
+    log.text("config", dump_config(config))
+    for note in (*run.data.notes, _about(run)):
+        log.say(note)
 
     def measure(step: int, state: TrainState) -> None:
         reporter.measured(step, evaluate(state.trainable))
@@ -223,6 +226,13 @@ def _train(config: TrainConfig, run: Run, checkpoints: Checkpoints, log: RunLog)
     checkpoints.wait()
     _save_trained(config, run, state)
     return reporter.figures | _sizes(run, state)
+
+
+def _about(run: Run) -> str:
+    return (
+        f"{run.base.name}: {count(run.state.trainable):,} trained numbers; {len(run.data.train):,} texts to train on, "
+        f"{len(run.batches):,} updates an epoch; {len(run.data.test):,} texts held out"
+    )
 
 
 def _sizes(run: Run, state: TrainState) -> Figures:
