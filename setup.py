@@ -43,6 +43,7 @@ setup(
         "tyro>=1.0",
         "bm25s>=0.2",
         "pyyaml>=6",
+        "tqdm>=4.66",
     ],
     extras_require={
         "cuda": ["jax[cuda13]>=0.10.2"],

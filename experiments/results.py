@@ -53,8 +53,10 @@ def _questions(run: Path, tables: Path) -> str:
     saved = run / "config.yaml"
     if not saved.is_file():
         return ""
-    name = Path(yaml.safe_load(saved.read_text(encoding="utf-8"))["questions"]).name
-    return "" if (tables.parent / "prompts" / name).is_file() else f" --questions {name}"
+    questions = yaml.safe_load(saved.read_text(encoding="utf-8")).get("questions")
+    if questions is None or (tables.parent / "prompts" / Path(questions).name).is_file():
+        return ""
+    return f" --questions {Path(questions).name}"
 
 
 def render(found: list[tuple[str, str]]) -> str:

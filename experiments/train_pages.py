@@ -15,6 +15,7 @@ COLUMNS = {  # measure -> (title, format)
     "eval/loss": ("held-out loss", ".4f"),
     "eval/exact_match": ("exact match", ".3f"),
     "size/trainable": ("trained numbers", ",.0f"),
+    "size/finished": ("of them left at the end", ",.0f"),
     "size/optimizer": ("optimiser's numbers", ",.0f"),
     "size/step_bytes": ("bytes of an update", ",.0f"),
     "perf/step_seconds": ("seconds per update", ".3f"),

@@ -236,8 +236,9 @@ def _about(run: Run) -> str:
 
 
 def _sizes(run: Run, state: TrainState) -> Figures:
-    """Returns how many numbers are trained, how many the optimiser keeps, and the bytes of an update."""
-    sizes = {"trainable": count(state.trainable), "optimizer": count(state.opt_state)}
+    """Returns how many numbers are trained, are left at the end, and kept by the optimiser, and an update's bytes."""
+    finished = run.method.finish(run.constants.frozen, state.trainable)[1]
+    sizes = {"trainable": count(state.trainable), "finished": count(finished), "optimizer": count(state.opt_state)}
     if run.step.seconds:
         sizes["step_bytes"] = run.step.bytes(run.constants)
     return {f"size/{name}": float(value) for name, value in sizes.items()}

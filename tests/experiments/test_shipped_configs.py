@@ -15,6 +15,9 @@ from experiments.decode import DecodeConfig
 from experiments.loading import MEASURED
 from experiments.reproduce import TableConfig
 from experiments.train_acceptance_head import HeadConfig
+from experiments.train_config import TrainConfig
+from experiments.train_table import TrainTableConfig
+from finetune.adapters import ADAPTERS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 KINDS = {
@@ -23,7 +26,9 @@ KINDS = {
     "bench/train": TrainBenchConfig,
     "bench/speculation": SpeculationBenchConfig,
     "tables": TableConfig,
-    "train": HeadConfig,
+    "tables/adapters": TrainTableConfig,
+    "train": TrainConfig,
+    "train/specdec_pp": HeadConfig,
 }
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 CURVE = LatencyCurve((1, 4), (1.0, 1.5))
@@ -65,6 +70,12 @@ def test_methods_and_options_exist(file):
         assert set(options) <= {field.name for field in dataclasses.fields(METHODS[method].options)}
         measured = {"latency": CURVE} if options.get("latency") == MEASURED else {}
         METHODS[method].options(**{**options, **measured})
+
+
+def test_every_adapter_has_a_config_of_its_name():
+    for name in ADAPTERS:
+        argv = ["--config", str(CONFIGS / "train" / f"{name}.yaml")]
+        assert load_config(TrainConfig, argv, prog="test", description="").adapter.type == name
 
 
 def test_every_method_has_a_config():

@@ -26,7 +26,7 @@ steps: 8
 batch_size: 4
 length: 48
 log_every: 1
-evaluation: {every: 4, batches: 2, examples: 4, max_new_tokens: 4}
+evaluation: {every: 4, batches: 1, examples: 0, max_new_tokens: 4}
 saving: {every: 2}
 distributed: {num_processes: 1}  # JAX has been asked for devices already
 """
@@ -58,7 +58,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def test_a_run_leaves_its_folder(run, tmp_path, capsys):
-    values = run("whole")
+    values = run("whole", "--evaluation.examples", "4")
     folder = tmp_path / "whole"
     assert sorted(values) == list(range(1, 9)) and values[8] < values[1]
     assert {path.name for path in folder.iterdir()} == {
@@ -163,9 +163,10 @@ def test_a_batch_that_does_not_divide(run):
         run("odd", "--batch_size", "3", "--accumulate", "2")
 
 
-def test_bad_values_are_told_before_anything_is_loaded(run, tmp_path):
-    with pytest.raises(InputError, match="length must be at least 2"):
+def test_bad_values_are_told_before_anything_is_loaded(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
         run("bad", "--length", "1")
+    assert "length must be at least 2" in capsys.readouterr().err
     assert not (tmp_path / "bad").exists()
 
 
