@@ -40,6 +40,7 @@ class DecodeConfig:
     prompt: tuple[str, ...] = ()  # one or several prompts
     prompts: Path | None = None  # a JSON Lines file whose objects have a "prompt"; they come behind those of the flag
     chat: bool = True  # put prompts through the model's chat template, where it has one
+    adapter: Path | None = None  # an adapter that experiments.train saved for this model; merged into it
     method: str = "greedy"  # a decoding method
     draft: str | None = None  # the model that drafts, by name or path, for methods that draft with a second one
     head: Path | None = (
@@ -138,7 +139,10 @@ class Runner:
 
         check_method(config)
         begin = time.perf_counter()
-        self.decode_fn, params, self.tokenizer = Loader(config.dtype).decode_fn(
+        loader = Loader(config.dtype)
+        if config.adapter is not None:
+            loader.adapt(config.model, config.adapter)
+        self.decode_fn, params, self.tokenizer = loader.decode_fn(
             config.model,
             config.method,
             config.options,

@@ -25,6 +25,13 @@ class Loader:
             self._models[name] = load_model(name, self.dtype)
         return self._models[name]
 
+    def adapt(self, name: str, adapter: Path) -> None:
+        """Merges a saved adapter into a model; raises InputError where it belongs to another one."""
+        from finetune.adapters.saved import with_adapter
+
+        model, params, tokenizer = self.model(name)
+        self._models[name] = model, with_adapter(adapter, name, params), tokenizer
+
     def decode_fn(
         self,
         name: str,

@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import train
+from experiments.loading import Loader
 from models import load_model
 from models.errors import InputError
 from tests.support.tiny_folder import write_tiny_folder
@@ -133,6 +135,14 @@ def test_an_adapter_is_saved_alone(run, tmp_path):
     )
     assert len(values) == 3
     assert (tmp_path / "lora" / "adapter").is_dir() and not (tmp_path / "lora" / "model").exists()
+    loader = Loader(None)
+    before = loader.model(str(tmp_path / "model"))[1]
+    loader.adapt(str(tmp_path / "model"), tmp_path / "lora" / "adapter")
+    after = loader.model(str(tmp_path / "model"))[1]
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    assert (
+        np.abs(after["layers_0"]["attention"]["q"]["kernel"] - before["layers_0"]["attention"]["q"]["kernel"]).max() > 0
+    )
 
 
 def test_other_settings_do_not_go_on_with_a_run(run):
