@@ -24,18 +24,19 @@ from finetune.objectives import cross_entropy
 from finetune.optimizers import OptimizerConfig, learning_rate, make_optimizer
 from finetune.state import Batch, Constants, TrainState, adapter_tuning, full_tuning, new_state
 from finetune.trainer import make_train_step, train
+from models.config import AttentionConfig, BlockConfig, DecoderConfig, MLPConfig
 from models.decoder import Decoder
 from models.sharding import MeshConfig, abstract, build, make_mesh, place
-from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parents[2]
+FLAGS = "--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"  # compiles fast
 ROWS, LENGTH, STEPS = 8, 12, 3
 TIMEOUT = 150.0  # seconds
 
 
 def start(name: str, arguments: list[dict[str, Any]], devices: int) -> list[Any]:
     """Returns what function `name` gave in each of several processes, one for each dict of arguments."""
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    flags = {"XLA_FLAGS": FLAGS.format(devices=devices), "JAX_PLATFORMS": "cpu"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.support.scale", name, json.dumps(values)],
@@ -58,12 +59,18 @@ def start(name: str, arguments: list[dict[str, Any]], devices: int) -> list[Any]
     return [json.loads(out.splitlines()[-1]) for out, _ in results]
 
 
+def small_model(remat: bool = False) -> Decoder:
+    """Returns a model of two layers with grouped heads, to be seen by its gradients, not by its text."""
+    block = BlockConfig(AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4), MLPConfig(24))
+    return Decoder(DecoderConfig("llama", vocab_size=61, width=16, blocks=(block, block), max_length=64), remat)
+
+
 class Run:
     """A training run of the tiny model ("full" or "lora") on a mesh, or without one on one device."""
 
     def __init__(self, mesh: jax.sharding.Mesh | None, tuning: str):
         self.mesh = mesh
-        model = Decoder(tiny_config(), remat=True)
+        model = small_model(remat=True)
         params = self._made(lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"], jax.random.key(0))
         if tuning == "full":
             method = full_tuning(jax.tree.map(lambda leaf: leaf.dtype, params))
@@ -111,18 +118,23 @@ def rows_of(step: int, rows: range) -> Batch:
     return Batch(tokens, (segments > 0) & (tokens % 7 > 0), segments, np.where(places < first, places, places - first))
 
 
-def mesh_losses(runs: list[list[Any]]) -> list[dict[str, Any]]:
-    """Trains on each of several [data, fsdp, tensor, tuning]; says how the state was split, and what was compiled."""
+def mesh_losses(runs: list[list[Any]], folder: str) -> list[dict[str, Any]]:
+    """Trains on each of several [data, fsdp, tensor, tuning]; says how the state was split, and what was compiled.
+
+    `folder`/i is the state of run i after its first update.
+    """
     found = []
-    for data, fsdp, tensor, tuning in runs:
+    for index, (data, fsdp, tensor, tuning) in enumerate(runs):
         run = Run(make_mesh(MeshConfig(data, fsdp, tensor)), tuning)
         before = jax.tree.map(lambda leaf: leaf.sharding, run.first)
-        losses, state = run.go()
+        losses, state = run.go(steps=1)
+        save(f"{folder}/{index}", state)
+        rest, state = run.go(state)
         kept = jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, state, before)
         leaves = jax.tree.leaves(state)
         found.append(
             {
-                "losses": losses,
+                "losses": losses + rest,
                 "kept": all(jax.tree.leaves(kept)),
                 "compiled": run.step._cache_size(),
                 "share": sum(leaf.addressable_shards[0].data.size for leaf in leaves)
@@ -162,29 +174,26 @@ def restore(folder: str, run: Run) -> TrainState:
         return checkpointer.restore(Path(folder), abstract(run.first, run.mesh))
 
 
-def resume(source: str, target: str, mesh: list[int], tuning: str, steps: int) -> list[float]:
-    """Goes on from `source` ("": from the start) to `steps` on a mesh, saves in `target`, and returns the losses."""
+def resumed(folder: str, mesh: list[int], tuning: str) -> list[float]:
+    """Goes on from a saved state on a mesh, and returns the losses."""
     run = Run(make_mesh(MeshConfig(*mesh)), tuning)
-    losses, state = run.go(restore(source, run) if source else None, steps)
-    save(target, state)
-    return losses
+    return run.go(restore(folder, run))[0]
 
 
 def decoded(mesh: list[int] | None) -> dict[str, Any]:
-    """Decodes a ragged batch with the tiny model, on a mesh or without one."""
-    model = Decoder(tiny_config())
+    """Decodes a ragged batch with the small model, on a mesh or without one."""
+    model = small_model()
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     params = jax.tree.map(lambda leaf: leaf * 12.0 if leaf.ndim == 2 else leaf, params)
     params = params if mesh is None else place(params, make_mesh(MeshConfig(*mesh)))
     prompts = [[(7 * row + place) % 61 for place in range(2 + 3 * row)] for row in range(4)]
     found = {}
-    for method, sampling in (("greedy", {}), ("token_recycling", {}), ("sample", {"temperature": 0.7})):
-        decode_fn = make_decode_fn(model, method, max_new_tokens=10)
-        out = decode_fn(params, prompts, [1, 2, 3, 4], max_new_tokens=[10, 4, 7, 10], **sampling)
+    for method, options in (("greedy", {}), ("token_recycling", {"width": 20})):
+        decode_fn = make_decode_fn(model, method, max_new_tokens=10, **options)
+        out = decode_fn(params, prompts, max_new_tokens=[10, 4, 7, 10])
         found[method] = [row[:length] for row, length in zip(out.tokens.tolist(), out.lengths.tolist(), strict=True)]
         if out.warm is not None:
-            again = decode_fn(params, prompts, warm=out.warm)
-            found["warm"], found["steps"] = again.tokens.tolist(), int(again.stats.steps.sum())
+            found["warm"] = decode_fn(params, prompts, warm=out.warm).stats.steps.tolist()
     return found
 
 
