@@ -49,6 +49,8 @@ class DistributedConfig:
 def initialize(config: DistributedConfig) -> None:
     """Joins the other processes, if there are any; to be called before anything else asks JAX for a device.
 
+    Where something has, and no processes are named (a notebook), this one trains alone.
+
     Raises:
         InputError: the environment names processes, but not all that is needed to join them.
     """
@@ -61,6 +63,9 @@ def initialize(config: DistributedConfig) -> None:
         return
     try:
         jax.distributed.initialize()
+    except RuntimeError as error:
+        if "must be called before" not in str(error):
+            raise
     except ValueError as error:
         if "coordinator_address" not in str(error):  # that one says that no cluster was found
             raise InputError(

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from finetune.adapters.adapter import Adapter, Values, select
 from models.decoder import Decoder
+from models.errors import InputError
 from models.sharding import AXES, num_row_shards, partition, path_name
 from models.weights.assemble import parameter_shapes
 
@@ -84,10 +85,16 @@ def adapter_shapes(adapter: Adapter, params: Any, targets: tuple[str, ...]) -> t
     """Returns the shapes of (frozen, trainable) of an adapter on a model's parameters, themselves shapes or arrays.
 
     Raises:
-        InputError: targets that name no layer, or a rank that a layer cannot have.
+        InputError: targets that name no layer, a rank that a layer cannot have, or shapes that follow from the weights.
     """
     kernels = select(params, targets)
-    return jax.eval_shape(adapter.init, jax.random.key(0), kernels, kernels if adapter.needs_gradients else None)
+    try:
+        return jax.eval_shape(adapter.init, jax.random.key(0), kernels, kernels if adapter.needs_gradients else None)
+    except jax.errors.ConcretizationTypeError as error:
+        raise InputError(
+            "how many numbers each layer trains with this adapter follows from its weights, which are not read here; "
+            "count an adapter whose ranks are given (for lamda_plus_plus: lamda of the same rank)"
+        ) from error
 
 
 def dry_run(

@@ -7,13 +7,13 @@ does the rest (axis type Auto): no layer knows of devices, and what is computed 
 """
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -136,7 +136,7 @@ def build(function: Callable[..., Any], *args: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """Returns a tree of arrays spread over the mesh; every process passes the same whole arrays (numpy will do)."""
+    """Returns a tree of arrays spread over the mesh; every process passes the same arrays, whole or spread already."""
     return jax.tree.map(_place, tree, shardings(tree, mesh))
 
 
@@ -160,7 +160,7 @@ def num_row_shards(mesh: Mesh | AbstractMesh) -> int:
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Returns arrays of the mesh whole on every device, so that every process can read them."""
-    return _replicator(mesh)(tree)
+    return jax.jit(_same, out_shardings=NamedSharding(mesh, P()))(tree)
 
 
 def keep_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
@@ -182,9 +182,8 @@ def mesh_of(tree: Any) -> Mesh | None:
     return None
 
 
-@functools.cache
-def _replicator(mesh: Mesh) -> Callable[[Any], Any]:
-    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))
+def _same(tree: Any) -> Any:
+    return tree
 
 
 def _splits(size: int, parts: int) -> bool:
@@ -194,4 +193,7 @@ def _splits(size: int, parts: int) -> bool:
 def _place(value: Any, sharding: NamedSharding) -> jax.Array:
     if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_place(jax.random.key_data(value), sharding), impl=jax.random.key_impl(value))
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:  # of all processes already
+        return jax.jit(_same, out_shardings=sharding)(value)
+    whole = np.asarray(value)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])

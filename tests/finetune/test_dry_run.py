@@ -14,6 +14,13 @@ COUNTS = [  # trained numbers on SmolLM2-135M, all linear layers of its blocks
     ("lora", {"rank": 8}, 2_442_240),
     ("lora", {"rank": 16}, 4_884_480),
     ("lora", {"rank": 8, "targets": ("q", "v")}, 460_800),
+    ("lora_xs", {"rank": 16}, 53_760),
+    ("lora_xs", {"rank": 32}, 215_040),
+    ("lora_sb", {"rank": 16}, 53_760),
+    ("lora_sb", {"rank": 32}, 215_040),
+    ("sora", {"rank": 8}, 2_443_920),
+    ("nola", {"bases": 64}, 26_880),
+    ("lamda", {"rank": 32}, 5_191_680),
 ]
 
 
@@ -28,6 +35,12 @@ def test_trained_numbers_of_smollm2(name, options, count):
     found = report(ADAPTERS[name][0](**options), MeshConfig(1, 1, 1))
     assert (found.parameters, found.trained) == (134_515_008, count)
     assert found.optimizer == 2 * count + 1  # two moments, and the number of updates
+
+
+def test_every_adapter_is_counted_or_says_why_not():
+    assert {name for name, _, _ in COUNTS} == set(ADAPTERS) - {"lamda_plus_plus"}
+    with pytest.raises(InputError, match="follows from its weights.*lamda of the same rank"):
+        report(ADAPTERS["lamda_plus_plus"][0](rank=8), MeshConfig(1, 1, 1))
 
 
 def test_each_device_holds_its_share():
