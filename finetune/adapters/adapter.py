@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -66,6 +67,8 @@ class Adapter(NamedTuple):
             read by the same `factors`, and a module that they no longer hold is the model's own.
         needs_gradients: whether `init` wants gradients.
         no_decay: names of trained values that weight decay must leave alone.
+        together: whether layers of equal shapes go through `factors` in one call under `vmap`, on stacked copies of
+            their values: for methods with small values and much to compile.
     """
 
     init: Callable[[jax.Array, Kernels, Kernels | None], tuple[Values, Values]]
@@ -75,6 +78,7 @@ class Adapter(NamedTuple):
     finish: Callable[[Values, Values], tuple[Values, Values]] = _same_values
     needs_gradients: bool = False
     no_decay: frozenset[str] = frozenset()
+    together: bool = False
 
 
 def select(params: Any, targets: Sequence[str]) -> dict[str, jax.Array]:
@@ -117,13 +121,14 @@ def rebase(adapter: Adapter, params: Any, frozen: Values) -> Any:
 
 def attach(adapter: Adapter, base: Any, frozen: Values, trainable: Values) -> Any:
     """Returns base with `LowRank` kernels in the adapted layers; cheap and pure."""
-    kernels = flatten_dict(base, sep="/")
-
-    def attached(path: str) -> LowRank:
-        kernel = kernels[f"{path}/kernel"]
-        return LowRank(kernel, *adapter.factors(frozen.get(path, {}), trainable[path], kernel.shape))
-
-    return replace_kernels(base, {path: attached(path) for path in trainable})
+    flat = flatten_dict(base, sep="/")
+    kernels = {path: flat[f"{path}/kernel"] for path in trainable}
+    values = {path: (frozen.get(path, {}), trainable[path]) for path in trainable}
+    if adapter.together:
+        factors = _factors_together(adapter, kernels, values)
+    else:
+        factors = {path: adapter.factors(*values[path], kernels[path].shape) for path in trainable}
+    return replace_kernels(base, {path: LowRank(kernels[path], *factors[path]) for path in trainable})
 
 
 def merge(adapter: Adapter, base: Any, frozen: Values, trainable: Values) -> Any:
@@ -145,6 +150,27 @@ def check_rank(rank: int, kernels: Kernels) -> None:
                 f"rank {rank} is larger than the smaller side of {path}, {kernel.shape[0]} by {kernel.shape[1]}; "
                 f"take a rank of at most {min(kernel.shape)} or leave the layer out of the targets"
             )
+
+
+def _factors_together(adapter: Adapter, kernels: Kernels, values: Mapping[str, Any]) -> dict[str, Factors]:
+    """Returns {path: factors}, of one call per shape of kernels and values."""
+    groups: dict[Any, list[str]] = {}
+    for path, kernel in kernels.items():
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(values[path]))
+        groups.setdefault((kernel.shape, shapes), []).append(path)
+    factors = {}
+    for (shape, _), paths in groups.items():
+        scales = []
+
+        def arrays(frozen, trainable, shape=shape, scales=scales):
+            made = adapter.factors(frozen, trainable, shape)
+            scales.append(made.scale)
+            return made.a, made.core, made.b
+
+        stacked = jax.vmap(arrays)(*jax.tree.map(lambda *leaves: jnp.stack(leaves), *(values[path] for path in paths)))
+        for index, path in enumerate(paths):
+            factors[path] = Factors(*jax.tree.map(lambda stack, index=index: stack[index], stacked), scales[0])
+    return factors
 
 
 def _no_match(target: str, paths: Mapping[str, str]) -> InputError:

@@ -23,7 +23,7 @@ from finetune.adapters.adapter import LINEAR, Adapter, Factors, check_rank, modu
 from models.errors import InputError
 from models.kernels import PRECISION
 
-CHUNK = 16  # matrices that exist at a time
+CHUNK = 4  # matrices of a factor that exist at a time
 KEY_TYPE = "threefry2x32"
 START, BASIS_A, BASIS_B = range(3)  # what is drawn for a layer
 
@@ -85,7 +85,7 @@ def nola(config: NolaConfig) -> Adapter:
             a = a + basis(jax.random.fold_in(key, START), 0, shape_a) * shape[0] ** -0.5
         return Factors(a, None, b, config.scale)
 
-    return Adapter(init, factors, no_decay=frozenset({"mix_a", "mix_b"}))
+    return Adapter(init, factors, no_decay=frozenset({"mix_a", "mix_b"}), together=True)
 
 
 def basis(key: jax.Array, index: jax.Array | int, shape: tuple[int, int]) -> jax.Array:

@@ -162,7 +162,7 @@ def test_merged_and_attached_agree_and_fold_into_a_lora(mode):
     adapter, base, frozen, values, _ = run(5, start=mode)
     trained = values[-1]
     attached = logits(attach(adapter, base, frozen, trained))
-    assert np.max(np.abs(attached - logits(toy_params()))) > 1e-2
+    assert np.max(np.abs(attached - logits(toy_params()))) > 1e-3
     np.testing.assert_allclose(logits(merge(adapter, base, frozen, trained)), attached, atol=1e-5)
     folded = {path: {"a": frozen[path]["a"], "b": v["core"] @ v["b"]} for path, v in trained.items()}
     lora = make_adapter(LoraConfig(rank=6, alpha=12.0, targets=TARGETS))

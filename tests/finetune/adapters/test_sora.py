@@ -46,7 +46,7 @@ def test_the_soft_threshold_minimises_what_it_says():
 
 
 def test_the_soft_threshold_is_odd_exactly_zero_near_zero_and_never_widens_a_distance():
-    x, xi = jnp.arange(-200, 201) / jnp.float32(200), jnp.float32(0.25)
+    x, xi = jnp.asarray(np.arange(-200, 201) / 200, jnp.float32), jnp.float32(0.25)
     y = threshold(x, xi)
     assert np.array_equal(y, -threshold(-x, xi))
     assert np.all(np.asarray(y)[np.abs(np.asarray(x)) <= 0.25] == 0)
