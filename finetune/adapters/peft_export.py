@@ -51,8 +51,8 @@ def fold(adapter: Adapter, params: Any, frozen: Values, trainable: Values) -> di
     bases = flatten_dict(rebase(adapter, params, frozen), sep="/")
     folded = {}
     for path in trainable:
-        factors = adapter.factors(frozen.get(path, {}), trainable[path])
         kernel, base = own[f"{path}/kernel"], bases[f"{path}/kernel"]
+        factors = adapter.factors(frozen.get(path, {}), trainable[path], kernel.shape)
         if factors.a.shape[1]:
             folded[path] = _lora(factors) if base is kernel else _refactored(factors, kernel, base)
     return folded

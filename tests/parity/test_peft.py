@@ -9,8 +9,8 @@ import peft
 import pytest
 import torch
 
-from finetune.adapters import LoraConfig, make_adapter
-from finetune.adapters.adapter import Adapter, Factors, attach, merge, rebase, select
+from finetune.adapters import ADAPTERS, LoraConfig, make_adapter
+from finetune.adapters.adapter import LINEAR, attach, merge, rebase, select
 from finetune.adapters.peft_export import export_peft
 from finetune.objectives import cross_entropy
 from finetune.optimizers import OptimizerConfig, learning_rate, make_optimizer
@@ -20,6 +20,7 @@ from models.families import FAMILIES
 from models.weights.assemble import row_of
 from models.weights.load import load_model
 from tests.golden.make_families import torch_model
+from tests.support.moved_adapters import moved_adapter
 from tests.support.tiny_models import CONFIGS
 
 TARGETS = {"gpt2": ("o", "up", "down")}  # gpt2 keeps q, k and v in one layer
@@ -41,30 +42,6 @@ def models(tmp_path_factory):
     return make
 
 
-def adapters(core, moved):
-    """A method with a core of `core` axes; `moved`: its kernels are lowered by a frozen product first."""
-
-    def factors(frozen, trainable):
-        return Factors(trainable["a"], trainable.get("core"), trainable["b"], 0.7)
-
-    def lower(kernel, frozen):
-        return kernel - (frozen["a"] @ frozen["b"]).astype(kernel.dtype)
-
-    return Adapter(lambda *args: None, factors, lower) if moved else Adapter(lambda *args: None, factors)
-
-
-def drawn(params, targets, core):
-    """Normal values for each module, ranks 2 and 3 by turns."""
-    rng = np.random.default_rng(1)
-    values = {}
-    for index, (path, kernel) in enumerate(select(params, targets).items()):
-        rank = 2 + index % 2
-        shapes = {"a": (kernel.shape[0], rank), "b": (rank, kernel.shape[1])}
-        shapes |= {"core": (rank,) * core} if core else {}
-        values[path] = {k: jnp.asarray(0.2 * rng.standard_normal(shape), jnp.float32) for k, shape in shapes.items()}
-    return values
-
-
 def load_peft(model, folder, trainable=False):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on how PEFT finds the base model's vocabulary
@@ -76,26 +53,25 @@ def torch_logits(model):
         return model(torch.from_numpy(TOKENS).long()).logits.numpy()
 
 
-CASES = [("llama", 0, False), ("llama", 1, False), ("llama", 2, False), ("llama", 2, True)]
-CASES += [(name, 0, False) for name in ("qwen2", "qwen3", "gemma3", "gpt2", "mistral")]
+CASES = [("llama", name) for name in sorted(ADAPTERS)]
+CASES += [(family, "lora") for family in ("qwen2", "qwen3", "gemma3", "gpt2", "mistral")]
 
 
-@pytest.mark.parametrize(("name", "core", "moved"), CASES)
-def test_exported_adapters(models, name, core, moved, tmp_path):
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_exported_adapters(models, family, name, tmp_path):
     """Logits of the attached and of the merged model, and merged kernels, are those of PEFT with the exported files."""
-    theirs, model, params = models(name)
-    adapter = adapters(core, moved)
-    trainable = drawn(params, TARGETS.get(name, ("q", "k", "v", "o", "gate", "up", "down")), core)
-    lowered = {path: {"a": 0.5 * values["a"], "b": values["b"]} for path, values in trainable.items()}
-    frozen = lowered if moved else {path: {} for path in trainable}
+    theirs, model, params = models(family)
+    _, adapter, frozen, trainable = moved_adapter(name, params, TARGETS.get(family, LINEAR))
+    if name == "lora":  # ranks that differ from layer to layer, as pruning leaves them
+        trainable |= {path: {"a": x["a"][:, :2], "b": x["b"][:2]} for path, x in list(trainable.items())[::3]}
     export_peft(tmp_path / "peft", model.config, "tiny", adapter, params, frozen, trainable)
     plain = torch_logits(theirs)
     wrapped = load_peft(theirs, tmp_path / "peft")
-    base = rebase(adapter, params, frozen)
     expected = torch_logits(wrapped)
     assert np.abs(expected - plain).max() > 0.05
-    apply = jax.jit(lambda params: model.apply({"params": params}, TOKENS).logits)
+    base = rebase(adapter, params, frozen)
     merged = merge(adapter, base, frozen, trainable)
+    apply = jax.jit(lambda params: model.apply({"params": params}, TOKENS).logits)
     np.testing.assert_allclose(apply(attach(adapter, base, frozen, trainable)), expected, atol=1e-4, rtol=0)
     np.testing.assert_allclose(apply(merged), expected, atol=1e-4, rtol=0)
     state = wrapped.merge_and_unload().state_dict()

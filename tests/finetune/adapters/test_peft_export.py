@@ -27,7 +27,7 @@ def drawn(shapes, seed=0):
 def adapter_of(core=None, scale=0.5, move=0.0):
     """A method that trains all factors; its kernels start `move` times a frozen product lower."""
 
-    def factors(frozen, trainable):
+    def factors(frozen, trainable, shape):
         return Factors(trainable["a"], trainable.get("core"), trainable["b"], scale)
 
     def lower(kernel, frozen):

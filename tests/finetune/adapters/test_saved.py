@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from finetune.adapters import LoraConfig, make_adapter, saved
-from finetune.adapters.adapter import attach, select
+from finetune.adapters import ADAPTERS, LoraConfig, make_adapter, saved
+from finetune.adapters.adapter import attach, merge, rebase, select
 from finetune.adapters.saved import CONFIG_NAME, Base, base_of, content_hash, load_adapter, save_adapter, with_adapter
 from models.errors import InputError
+from tests.support.moved_adapters import moved_adapter
 
 CONFIG = LoraConfig(rank=3, alpha=6.0, targets=("q", "down"))
 
@@ -41,6 +42,21 @@ def test_an_adapter_comes_back_as_it_was(tiny, folder):
     again = load_adapter(folder, base_of("tiny.gguf", tiny[1]))
     assert again.config == CONFIG and again.base.name == "tiny.gguf"
     same((again.frozen, again.trainable), values(tiny[1]))
+
+
+@pytest.mark.parametrize("name", sorted(ADAPTERS))
+def test_every_method_comes_back(name, tiny, tmp_path):
+    """Its values are read by the same factors: the model with it has the logits it had."""
+    model, params = tiny
+    config, adapter, frozen, trainable = moved_adapter(name, params, ("q", "down"))
+    save_adapter(tmp_path / "adapter", config, frozen, trainable, base_of("tiny", params))
+    again = load_adapter(tmp_path / "adapter", base_of("tiny", params))
+    assert again.config == config
+    same((again.frozen, again.trainable), (frozen, trainable))
+    tokens = jnp.arange(12, dtype=jnp.int32)[None, :]
+    expected = model.apply({"params": merge(adapter, rebase(adapter, params, frozen), frozen, trainable)}, tokens)
+    merged = with_adapter(tmp_path / "adapter", "tiny", params)
+    np.testing.assert_array_equal(model.apply({"params": merged}, tokens).logits, expected.logits)
 
 
 def test_the_model_with_it_gives_the_logits_of_training(tiny, folder):
