@@ -12,22 +12,18 @@ _PROG = "python -m experiments.train"
 
 
 def describe(config: TrainConfig) -> str:
-    """Returns what a run keeps and how it is spread over its mesh, which need not be here.
-
-    Weights are read only where an adapter's shapes follow from them (LaMDA++'s ranks).
-    """
+    """Returns what a run keeps and how it is spread over its mesh, which need not be here; reads no weights."""
     import jax
 
     from finetune import state
     from finetune.adapters import make_adapter
-    from finetune.adapters.adapter import select
     from finetune.dry_run import adapter_shapes, dry_run, model_shapes, render
     from finetune.optimizers import make_optimizer
     from models.decoder import Decoder
     from models.scratch import scratch_model
     from models.sharding import abstract_mesh
     from models.weights.byte_tokenizer import byte_tokenizer
-    from models.weights.load import load_model, read_config
+    from models.weights.load import read_config
 
     if config.scratch is not None:
         model = scratch_model(config.scratch, byte_tokenizer().vocab_size)
@@ -38,11 +34,7 @@ def describe(config: TrainConfig) -> str:
         base, trainable, method = {}, model_shapes(model), state.full_tuning(jax.tree.map(lambda x: x.dtype, base))
     else:
         adapter = make_adapter(config.adapter)
-        try:
-            frozen, trainable = adapter_shapes(adapter, base, config.adapter.targets)
-        except jax.errors.ConcretizationTypeError:
-            kernels = select(load_model(config.model, config.dtype).params, config.adapter.targets)
-            frozen, trainable = adapter.init(jax.random.key(config.seed), kernels, None)
+        frozen, trainable = adapter_shapes(adapter, base, config.adapter.targets)
         method = state.adapter_tuning(adapter)
     optimizer = make_optimizer(config.optimizer, config.steps, method)
     return render(dry_run(base, frozen, trainable, optimizer, abstract_mesh(config.mesh)))
