@@ -1,4 +1,4 @@
-"""Adapters of every method, away from their start as training leaves them: for tests of files and of other libraries."""
+"""Adapters of every method, away from their start as training leaves them: to test files and other libraries with."""
 
 from collections.abc import Sequence
 from typing import Any
