@@ -14,6 +14,7 @@ merged weight that leaves the trained part out; `merge` adds it.
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -93,6 +94,7 @@ def basis(key: jax.Array, index: jax.Array | int, shape: tuple[int, int]) -> jax
     return jax.random.uniform(jax.random.fold_in(key, index), shape, jnp.float32, -1.0, 1.0)
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "chunk"))
 def mixture(key: jax.Array, coefficients: jax.Array, shape: tuple[int, int], chunk: int = CHUNK) -> jax.Array:
     """Returns sum_k coefficients[k] basis(key, k), f32[shape], without keeping the matrices.
 
