@@ -27,7 +27,7 @@ from finetune.adapters.adapter import Adapter, Values, count, rebase, select
 from finetune.adapters.gradients import sum_gradients
 from finetune.checkpoints import Checkpoints
 from finetune.data import TrainingData, read_data
-from finetune.distributed import check_rows, global_batch, is_main, row_share
+from finetune.distributed import check_rows, global_batch, is_main, row_share, wait_for_all
 from finetune.objective_configs import DistillationConfig, make_objective
 from finetune.objectives import Objective
 from finetune.optimizers import learning_rate, make_optimizer
@@ -196,6 +196,7 @@ def run_training(config: TrainConfig) -> Figures:
     """Trains, or goes on, to `config.steps` updates; returns the figures of the end."""
     if is_main():
         open_folder(config)
+    wait_for_all("the folder of the run is there")
     with Checkpoints(config.run_dir / "checkpoints", config.saving.keep) as checkpoints:
         run = prepare(config, checkpoints)
         start = int(run.state.step)
@@ -255,6 +256,6 @@ def _save_trained(config: TrainConfig, run: Run, state: TrainState) -> None:
         save_adapter(config.run_dir / "adapter", config.adapter, frozen, trainable, base)
         return
     folder = config.run_dir / "model"
-    if folder.exists():  # a finished run that was started once more
+    if is_main() and folder.exists():  # a finished run that was started once more
         shutil.rmtree(folder)
     save_model(folder, Decoder(run.base.model.config), run.method.merge({}, {}, trainable), run.base.tokenizer)

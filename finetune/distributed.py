@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -47,14 +48,14 @@ class DistributedConfig:
 
 
 def initialize(config: DistributedConfig) -> None:
-    """Joins the other processes, if there are any; to be called before anything else asks JAX for a device.
+    """Joins the other processes, if there are any, once; to be called before anything else asks JAX for a device.
 
     Where something has, and no processes are named (a notebook), this one trains alone.
 
     Raises:
         InputError: the environment names processes, but not all that is needed to join them.
     """
-    if config.num_processes == 1:
+    if config.num_processes == 1 or jax.distributed.is_initialized():
         return
     if config.num_processes is not None:
         jax.distributed.initialize(
@@ -77,6 +78,12 @@ def initialize(config: DistributedConfig) -> None:
 def is_main() -> bool:
     """Whether this process is the one that writes logs and files."""
     return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every process has come to the same place, which goes by the same words in each."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def check_rows(batch_size: int, mesh: Mesh | AbstractMesh) -> None:

@@ -27,7 +27,7 @@ class Array(NamedTuple):
         path: with * for the layer.
         shape: of one.
         dtype: of one.
-        axes: the mesh axis of each dimension, None where it is not split.
+        axes: the mesh axes of each dimension ("tensor", or "tensor+fsdp"), None where it is not split.
         copies: how many layers have one.
         device_bytes: what all of them take on each device.
     """
@@ -161,7 +161,8 @@ def _part(name: str, tree: Any, mesh: Mesh | AbstractMesh) -> Part:
         path = path_name(path)
         spec = partition(path, leaf.shape, mesh)
         each = math.prod(NamedSharding(mesh, spec).shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        axes = tuple(spec) + (None,) * (len(leaf.shape) - len(spec))
+        names = tuple("+".join(axis) if isinstance(axis, tuple) else axis for axis in spec)
+        axes = names + (None,) * (len(leaf.shape) - len(names))
         key = re.sub(r"layers_\d+", "layers_*", path), tuple(leaf.shape), str(leaf.dtype), axes
         groups.setdefault(key, []).append(each)
         numbers += math.prod(leaf.shape)

@@ -1,9 +1,12 @@
 """Where arrays live on many devices: one mesh, one table of rules, and functions that make arrays in place.
 
-The mesh has three axes. Rows of a batch are spread over `data` and `fsdp`; parameters, and all that follows them
-(adapters, the optimiser's state), over `fsdp` and `tensor`. A rule names an axis for each dimension of the arrays whose
-path it matches; an array without a rule, and a dimension that its axis does not divide, is not split. XLA's partitioner
-does the rest (axis type Auto): no layer knows of devices, and what is computed does not depend on the mesh.
+The mesh has three axes. Rows of a batch are spread over `data` and `fsdp`, parameters over `fsdp` and `tensor`; the
+optimiser's state follows its values. A rule names axes for each dimension of the arrays whose path it matches; an array
+without a rule, and a dimension that its axis does not divide, is not split. XLA's partitioner does the rest (axis type
+Auto): no layer knows of devices, and what is computed does not depend on the mesh.
+
+An adapter's factors are split where their kernel is over `tensor`, but not over `fsdp`: they are small, and gathering
+them doubles the number of collectives of a step.
 """
 
 import dataclasses
@@ -25,15 +28,13 @@ ROWS = ("data", "fsdp")  # the axes that rows of a batch are spread over
 _SPLIT_OUT = r"(^|/)(q|k|v|gate|up)"  # layers whose outputs are split over `tensor`
 _SPLIT_IN = r"(^|/)(o|down)"  # layers that take these as inputs
 _KERNEL = r"(/kernel(/base)*)"
-RULES: tuple[tuple[str, P], ...] = (  # the end of a path, an axis for each dimension; the first that matches counts
+RULES: tuple[tuple[str, P], ...] = (  # the end of a path, axes for each dimension; the first that matches counts
     (rf"{_SPLIT_OUT}{_KERNEL}", P("fsdp", "tensor")),
-    (rf"{_SPLIT_OUT}{_KERNEL}?/a", P("fsdp", None)),
     (rf"{_SPLIT_OUT}{_KERNEL}?/b", P(None, "tensor")),
     (rf"{_SPLIT_OUT}/bias", P("tensor")),
     (rf"{_SPLIT_IN}{_KERNEL}", P("tensor", "fsdp")),
     (rf"{_SPLIT_IN}{_KERNEL}?/a", P("tensor", None)),
-    (rf"{_SPLIT_IN}{_KERNEL}?/b", P(None, "fsdp")),
-    (r"(^|/)(embedding/embedding|unembedding/kernel)", P("fsdp", "tensor")),
+    (r"(^|/)(embedding/embedding|unembedding/kernel)", P(None, ("tensor", "fsdp"))),  # XLA cannot look up other splits
     (r"(^|/)positions/embedding", P("fsdp", None)),
 )
 
@@ -96,10 +97,7 @@ def partition(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P
     """Returns how an array is split, by the first rule for its path and number of dimensions."""
     for pattern, axes in RULES:
         if len(axes) == len(shape) and re.search(f"{pattern}$", path):
-            split = [
-                axis if axis and _splits(size, mesh.shape[axis]) else None
-                for axis, size in zip(axes, shape, strict=True)
-            ]
+            split = [_dividing(wanted, size, mesh) for wanted, size in zip(axes, shape, strict=True)]
             while split and split[-1] is None:  # as XLA writes the same thing
                 split.pop()
             return P(*split)
@@ -186,8 +184,15 @@ def _same(tree: Any) -> Any:
     return tree
 
 
-def _splits(size: int, parts: int) -> bool:
-    return parts > 1 and size % parts == 0
+def _dividing(
+    wanted: str | tuple[str, ...] | None, size: int, mesh: Mesh | AbstractMesh
+) -> str | tuple[str, ...] | None:
+    """Returns those of the wanted axes that split a dimension evenly, as a `PartitionSpec` writes them."""
+    kept: list[str] = []
+    for axis in (wanted,) if isinstance(wanted, str) else wanted or ():
+        if mesh.shape[axis] > 1 and size % math.prod(mesh.shape[name] for name in (*kept, axis)) == 0:
+            kept.append(axis)
+    return tuple(kept) if len(kept) > 1 else kept[0] if kept else None
 
 
 def _place(value: Any, sharding: NamedSharding) -> jax.Array:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from models.config import DecoderConfig, config_from_dict, config_to_dict
@@ -31,10 +32,16 @@ _FORMAT = 1
 def save_model(folder: Path | str, model: Decoder, params: Any, tokenizer: Tokenizer | None = None) -> None:
     """Writes a model folder that `load_model` reads; dtypes are kept.
 
-    The folder appears complete or not at all. Raises InputError when it exists already or cannot be written.
+    The folder appears complete or not at all. Every process that holds a part of the parameters must call this; the
+    first one gathers them and writes. Raises InputError when the folder exists already or cannot be written.
     """
+    if jax.process_count() > 1:
+        params = multihost_utils.process_allgather(params, tiled=True)
+    if jax.process_index() != 0:
+        return
+    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
     with whole_folder(folder) as staging:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
             checkpointer.save(staging.absolute() / "params", params)
         values = {"format": _FORMAT, "config": config_to_dict(model.config)}
         (staging / CONFIG_NAME).write_text(json.dumps(values, indent=1), encoding="utf-8")

@@ -6,8 +6,11 @@ device, for what the others are compared with.
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,35 +36,41 @@ ROWS, LENGTH, STEPS = 8, 12, 3
 TIMEOUT = 300.0  # seconds; a busy machine takes ten times what an idle one does
 
 
+def free_address() -> str:
+    """Returns "localhost:port" with a port that is free now."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
 def start(name: str, arguments: list[dict[str, Any]], devices: int) -> list[Any]:
     """Returns what function `name` gave in each of several processes, one for each dict of arguments."""
     flags = {"XLA_FLAGS": FLAGS.format(devices=devices), "JAX_PLATFORMS": "cpu"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.support.scale", name, json.dumps(values)],
-            cwd=ROOT,
-            env={**os.environ, **flags},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for values in arguments
-    ]
-    try:
-        results = [process.communicate(timeout=TIMEOUT) for process in processes]
-    finally:
-        for process in processes:
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / str(index) for index in range(len(arguments))]
+        processes = []
+        for values, log in zip(arguments, logs, strict=True):
+            command = [sys.executable, "-m", "tests.support.scale", name, json.dumps(values)]
+            with log.open("w") as out:
+                environment = {**os.environ, **flags}
+                processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out))
+        end = time.monotonic() + TIMEOUT
+        while time.monotonic() < end and {process.poll() for process in processes} <= {None, 0}:
+            if all(process.poll() == 0 for process in processes):
+                break
+            time.sleep(0.05)
+        for process in processes:  # where one fails, the others would wait for it
             process.kill()
             process.wait()
-    for process, (out, err) in zip(processes, results, strict=True):
-        assert process.returncode == 0, f"{out}\n{err}"
-    return [json.loads(out.splitlines()[-1]) for out, _ in results]
+        texts = [log.read_text() for log in logs]
+    assert all(process.returncode == 0 for process in processes), "\n\n".join(texts)
+    return [json.loads(text.splitlines()[-1]) for text in texts]
 
 
 def small_model(remat: bool = False) -> Decoder:
     """Returns a model of one layer with grouped heads: many are compiled."""
     block = BlockConfig(AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4), MLPConfig(24))
-    return Decoder(DecoderConfig("llama", vocab_size=61, width=16, blocks=(block,), max_length=64), remat)
+    return Decoder(DecoderConfig("llama", vocab_size=64, width=16, blocks=(block,), max_length=64), remat)
 
 
 class Run:
@@ -166,6 +175,17 @@ def process_losses(coordinator: str, process_id: int, meshes: list[list[int]], f
             }
         )
     return found
+
+
+def trained(coordinator: str, process_id: int, runs: list[list[str]]) -> int:
+    """Goes through training runs, each a command line's flags, as one of two processes; returns which."""
+    from experiments import train
+
+    for flags in runs:
+        joined = ["--distributed.coordinator", coordinator, "--distributed.num_processes", "2"]
+        sys.argv = ["train", *flags, *joined, "--distributed.process_id", str(process_id)]
+        train.main()
+    return jax.process_index()
 
 
 def save(folder: str, state: TrainState) -> None:
