@@ -23,7 +23,7 @@ from experiments.train_config import TrainConfig
 from experiments.train_report import CompiledStep, Evaluator, Figures, Reporter
 from finetune import state as states
 from finetune.adapters import make_adapter
-from finetune.adapters.adapter import Adapter, Values, count, rebase, select
+from finetune.adapters.adapter import Values, count, rebase, select
 from finetune.adapters.gradients import sum_gradients
 from finetune.checkpoints import Checkpoints
 from finetune.data import TrainingData, read_data
@@ -148,17 +148,15 @@ def _method(
     if adapter.needs_gradients:
         resumed = checkpoints is not None and checkpoints.latest() is not None
         # What a run goes on with is in its checkpoint; until that is read, anything of the right shape will do.
-        gradients = kernels if resumed else _gradients(adapter, base, mesh, objective, kernels, batches, config)
+        gradients = kernels if resumed else _gradients(base, mesh, objective, kernels, batches, config)
     frozen, trainable = adapter.init(jax.random.key(config.seed), kernels, gradients)
     frozen, trainable = place(frozen, mesh), place(trainable, mesh)
     return states.adapter_tuning(adapter), frozen, trainable, lambda frozen: rebase(adapter, base.params, frozen)
 
 
-def _gradients(
-    adapter: Adapter, base: Base, mesh: Any, objective: Objective, kernels: Any, batches: Batches, config: TrainConfig
-) -> Any:
+def _gradients(base: Base, mesh: Any, objective: Objective, kernels: Any, batches: Batches, config: TrainConfig) -> Any:
     first = (global_batch(batches(step), mesh) for step in range(config.adapter.gradient_batches))
-    return sum_gradients(base.model, objective, base.params, kernels, first)
+    return sum_gradients(base.model, objective, base.params, kernels, first, mesh)
 
 
 # What decides where a run comes out; the rest of a config may change when it goes on.

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from finetune.adapters.adapter import Kernels, replace_kernels
 from finetune.objectives import Objective
@@ -19,7 +20,12 @@ from models.errors import InputError
 
 
 def sum_gradients(
-    model: Decoder, objective: Objective, params: Any, kernels: Kernels, batches: Iterable[Batch]
+    model: Decoder,
+    objective: Objective,
+    params: Any,
+    kernels: Kernels,
+    batches: Iterable[Batch],
+    mesh: Mesh | None = None,
 ) -> dict[str, jax.Array]:
     """Sums dL/dW over batches, with L the objective added up over the tokens that training would predict.
 
@@ -29,6 +35,7 @@ def sum_gradients(
         params: the model's parameters before training.
         kernels: those to differentiate in, as `finetune.adapters.adapter.select` gives them.
         batches: of one shape; gone through once, a micro-batch at a time.
+        mesh: of devices that rows are spread over.
 
     Returns:
         {path: f32[I, O]}, the paths of `kernels`.
@@ -40,7 +47,7 @@ def sum_gradients(
     @functools.partial(jax.jit, donate_argnums=0)
     def add(total, kernels, params, constants, batch):
         def loss(kernels, part):
-            value, figures = summed_loss(model, objective, replace_kernels(params, kernels), constants, part)
+            value, figures = summed_loss(model, objective, replace_kernels(params, kernels), constants, part, mesh=mesh)
             return value, figures["tokens"]
 
         def step(total, part):
