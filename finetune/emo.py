@@ -13,7 +13,8 @@ Deviations. The sum leaves out the label itself, whose cost is 0 (the paper's 1 
 number): in float32 it keeps its digits where the model is sure. q is the law over the tokenizer's ids: vectors and
 logits of rows that pad the vocabulary play no part in the distance (they do in the cross-entropy, as in any other
 training). Costs are always those of the head at the start; the released code can also follow the head while it is
-trained.
+trained. What the mix divides by is 1e-6 at least, where the released code adds 1e-10: below that, rounding would
+decide, and even the sign.
 
 Axis letters: N tokens to be predicted, D width, V vocabulary, I ids of the tokenizer (I <= V).
 """
@@ -30,6 +31,7 @@ from models.errors import InputError
 from models.kernels import PRECISION, as_kernel
 
 _EPSILON = 1e-10
+_SMALLEST = 1e-6  # what a bracket divides by at least: below it float32 has rounding and no digits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +67,7 @@ def emo(config: EmoConfig, directions: jax.Array) -> Objective:
     """
 
     def ratio(over: jax.Array, under: jax.Array) -> jax.Array:
-        """A bracket; rounding can put either slightly below 0."""
-        bracket = jnp.maximum(over, 0.0) / (jnp.maximum(under, 0.0) + _EPSILON)
+        bracket = over / jnp.maximum(under, _SMALLEST)
         return jax.lax.stop_gradient(bracket if config.max_ratio is None else jnp.minimum(bracket, config.max_ratio))
 
     def per_token(logits, labels, constants, context):
@@ -125,7 +126,7 @@ def cosine_spread(directions: jax.Array) -> tuple[float, float]:
     """
     columns = jnp.asarray(directions, jnp.float32)
     own = jnp.sum(jnp.square(columns), axis=0)
-    pairs = columns.shape[1] * (columns.shape[1] - 1)
+    pairs = float(columns.shape[1] * (columns.shape[1] - 1))
     products = jnp.matmul(columns, columns.T, precision=PRECISION)
     mean = float((jnp.sum(jnp.square(columns.sum(axis=1))) - own.sum()) / pairs)
     square = float((jnp.sum(jnp.square(products)) - jnp.sum(jnp.square(own))) / pairs)

@@ -1,7 +1,5 @@
 """Checkpoints: whole or not there, newest first, refused where they do not fit."""
 
-import gc
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +65,6 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
             checkpoints.restore(state_at(0, width=5), FROZEN)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves a coroutine behind
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state_at(3), FROZEN, {})
@@ -76,7 +73,6 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
             path.write_bytes(b"")
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(InputError, match="cannot be read"):
         checkpoints.restore(state_at(0), FROZEN)
-    gc.collect()
 
 
 def test_a_full_disk_is_told_and_leaves_the_last_whole_one(tmp_path, monkeypatch):

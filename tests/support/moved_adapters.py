@@ -12,7 +12,7 @@ from finetune.adapters.adapter import Adapter, Values, select
 
 
 def moved_adapter(
-    name: str, params: Any, targets: Sequence[str], rank: int = 3, far: float = 0.1
+    name: str, params: Any, targets: Sequence[str], rank: int = 4, far: float = 0.1
 ) -> tuple[AdapterConfig, Adapter, Values, Values]:
     """Returns (config, adapter, frozen, trainable) of a method; normal numbers times `far` are on what is trained."""
     rng = np.random.default_rng(3)

@@ -128,7 +128,7 @@ def test_a_wide_tree_accepts_more_than_its_own_chain(tiny):
         fn = make_decode_fn(model, "rsd_c", max_new_tokens=ROOM, draft=model, children=children)
         steps[name] = np.asarray(fn(WithDraft(params, noisy), PROMPTS).stats.steps)
     assert (steps["tree"] <= steps["chain"]).all(), steps
-    assert steps["tree"].sum() < 0.9 * steps["chain"].sum() and steps["chain"].sum() < 0.9 * ROOM * len(PROMPTS), steps
+    assert steps["tree"].sum() < 0.9 * steps["chain"].sum() and steps["chain"].sum() < ROOM * len(PROMPTS), steps
 
 
 def test_the_model_as_its_own_draft_is_always_accepted(tiny):

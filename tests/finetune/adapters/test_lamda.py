@@ -120,6 +120,14 @@ def test_stopping_gradients_alone_would_not_freeze():
     np.testing.assert_array_equal(frozen["m"]["core"], stopped["m"]["core"])
 
 
+def test_frozen_rows_do_not_count_when_gradients_are_clipped():
+    optimizer = progressive_freeze(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)), 0.0)
+    values = {"m": {"b": jnp.ones((2, 3)), "core": jnp.zeros((1, 1))}}
+    grads = {"m": {"b": jnp.full((2, 3), 100.0), "core": jnp.full((1, 1), 0.5)}}
+    moves, _ = optimizer.update(grads, optimizer.init(values), values)
+    assert not moves["m"]["b"].any() and moves["m"]["core"].tolist() == [[-0.5]]
+
+
 @pytest.mark.parametrize(("share", "moves"), [(0.0, False), (math.inf, True)])
 def test_b_never_trained_and_always_trained(share, moves):
     _, _, _, values, _ = run(4, freeze_share=share)

@@ -27,7 +27,7 @@ CONFIGS = {
 @functools.cache
 def update_of(name: str) -> tuple[int, int, int]:
     """Returns (bytes of a compiled update but for the constants, trained numbers, numbers of the optimiser)."""
-    model = scratch_model(ScratchConfig(layers=2, width=96, mlp_width=288, max_length=64), 128)
+    model = scratch_model(ScratchConfig(layers=2, width=256, mlp_width=768, max_length=64), 128)
     params = initial_params(model, 0)
     if CONFIGS[name] is None:
         method, base, frozen, trainable = full_tuning(jax.tree.map(lambda x: x.dtype, params)), {}, {}, params
@@ -40,7 +40,7 @@ def update_of(name: str) -> tuple[int, int, int]:
     optimizer = make_optimizer(config, 10, method)
     step = CompiledStep(make_train_step(model, cross_entropy(), method, optimizer, learning_rate(config, 10)))
     state, constants = new_state(trainable, optimizer), Constants(base, frozen, None)
-    tokens = jnp.zeros((1, 16, 64), jnp.int32)
+    tokens = jnp.zeros((1, 4, 64), jnp.int32)
     step.compiled(state, constants, Batch(tokens, jnp.ones(tokens.shape, bool), tokens + 1, tokens))
     return step.bytes(constants), count(trainable), count(state.opt_state)
 

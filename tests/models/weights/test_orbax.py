@@ -12,7 +12,7 @@ import pytest
 from models.config import AttentionConfig, BlockConfig, DecoderConfig, MLPConfig, RopeConfig, RopeScaling
 from models.decoder import Decoder
 from models.errors import InputError
-from models.weights import orbax
+from models.weights import orbax, whole
 from models.weights.load import load_model
 from models.weights.orbax import CONFIG_NAME, save_model
 
@@ -85,7 +85,7 @@ def test_nothing_is_left_when_saving_fails(step, error, expected, tmp_path, monk
     def fail(*args, **kwargs):
         raise error
 
-    target = {"config": (orbax, "config_to_dict"), "move": (orbax.os, "replace")}[step]
+    target = {"config": (orbax, "config_to_dict"), "move": (whole.os, "replace")}[step]
     with monkeypatch.context() as patch:
         patch.setattr(*target, fail)
         with pytest.raises(expected or type(error), match="cannot write .*disk full" if expected else None):
