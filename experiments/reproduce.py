@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments.cells import Cell, Retrieval, Row, cell_key, load_cell, longest_prompt, save_cell
-from experiments.command_line import split_flags, take_config_path
-from experiments.config import load_config, save_config
+from experiments.config import chosen_type, load_config, save_config
 from experiments.decode import SamplingSettings
 from experiments.generated import generate
 from experiments.loading import Loader
@@ -25,7 +24,6 @@ from experiments.questions import Question, read_questions
 from experiments.runtime import run_main, setup_runtime
 from experiments.tables import write_table
 from experiments.train_acceptance_head import ensure_head, head_stamp
-from experiments.yaml_io import read_yaml
 from models.errors import InputError, unknown_name
 
 _PROG = "python -m experiments.reproduce"
@@ -224,12 +222,6 @@ def read_tasks(config: TableConfig) -> dict[str, list[Question]]:
     return {task: [q for q in questions if q.task == task] for task in tasks if task in wanted}
 
 
-def is_training_table(argv: Sequence[str]) -> bool:
-    """Whether the config that a command line names is a table of training runs: it says `type: training`."""
-    path, _ = take_config_path(split_flags(argv))
-    return path is not None and read_yaml(path)[0].get("type") == "training"
-
-
 def run_training_table(argv: Sequence[str]) -> str:
     """Trains what is missing of a table of training runs and writes it; returns the page."""
     from experiments import train_pages, train_table
@@ -247,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
-    if is_training_table(argv):
+    if chosen_type(argv) == "training":
         print(run_training_table(argv))
         return
     config = load_config(TableConfig, argv, prog=_PROG, description=_DESCRIPTION)
