@@ -192,11 +192,17 @@ def open_folder(config: TrainConfig) -> None:
 
 def run_training(config: TrainConfig) -> Figures:
     """Trains, or goes on, to `config.steps` updates; returns the figures of the end."""
+    is_new = not config.run_dir.exists()
     if is_main():
         open_folder(config)
     wait_for_all("the folder of the run is there")
     with Checkpoints(config.run_dir / "checkpoints", config.saving.keep) as checkpoints:
-        run = prepare(config, checkpoints)
+        try:
+            run = prepare(config, checkpoints)
+        except InputError:
+            if is_new and is_main():  # nothing was trained: leave no folder behind
+                shutil.rmtree(config.run_dir, ignore_errors=True)
+            raise
         start = int(run.state.step)
         with RunLog(config.run_dir, start, config.steps, is_main()) as log:
             return _train(config, run, checkpoints, log)

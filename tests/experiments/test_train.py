@@ -178,6 +178,12 @@ def test_bad_values_are_told_before_anything_is_loaded(run, tmp_path, capsys):
     assert not (tmp_path / "bad").exists()
 
 
+def test_a_run_that_cannot_start_leaves_no_folder(run, tmp_path):
+    with pytest.raises(InputError, match="unknown generated task"):
+        run("bad", "--data.tasks", "doubel")
+    assert not (tmp_path / "bad").exists()
+
+
 def test_a_trace_is_written(run, tmp_path):
     run("traced", "--profile.start_step", "2", "--profile.num_steps", "2")
     assert list((tmp_path / "traced" / "profile").rglob("*.xplane.pb"))
