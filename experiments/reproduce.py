@@ -230,7 +230,7 @@ def run_training_table(argv: Sequence[str]) -> str:
     setup_runtime()
     with locked(config.folder):
         save_config(config, config.folder / "config.yaml")
-        written = train_pages.write_table(config, train_table.measure(config))
+        written = train_pages.write_table(config, *train_table.measure(config))
     return f"\n{written}\nsaved in {config.folder}{os.sep}"
 
 

@@ -15,6 +15,7 @@ def describe(config: TrainConfig) -> str:
     """Returns what a run keeps and how it is spread over its mesh, which need not be here; reads no weights."""
     import jax
 
+    from experiments.training import scratch_tokenizer
     from finetune import state
     from finetune.adapters import make_adapter
     from finetune.dry_run import adapter_shapes, dry_run, model_shapes, render
@@ -22,11 +23,10 @@ def describe(config: TrainConfig) -> str:
     from models.decoder import Decoder
     from models.scratch import scratch_model
     from models.sharding import abstract_mesh
-    from models.weights.byte_tokenizer import byte_tokenizer
     from models.weights.load import read_config
 
     if config.scratch is not None:
-        model = scratch_model(config.scratch, byte_tokenizer().vocab_size)
+        model = scratch_model(config.scratch, scratch_tokenizer(config.scratch.tokenizer).vocab_size)
     else:
         model = Decoder(read_config(config.model))
     base, frozen = model_shapes(model, config.dtype or "float32"), {}

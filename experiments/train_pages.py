@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from experiments.train_table import TrainClaim, TrainTableConfig
 
 Figures = Mapping[str, float]
+Rows = Mapping[str, Figures]
 COLUMNS = {  # measure -> (title, format)
     "eval/loss": ("held-out loss", ".4f"),
     "eval/exact_match": ("exact match", ".3f"),
@@ -21,38 +22,70 @@ COLUMNS = {  # measure -> (title, format)
     "perf/step_seconds": ("seconds per update", ".3f"),
     "learning_rate": ("learning rate", "g"),
 }
+TEXT_COLUMNS = {
+    "temperature": ("temperature", ".3f"),
+    "true_log_prob": ("log-probability under the truth", ".3f"),
+    "possible": ("possible words", ".4f"),
+    "type_token_ratio": ("type-token ratio", ".3f"),
+    "distinct_3": ("distinct-3", ".3f"),
+    "rep_2": ("rep-2", ".3f"),
+    "rep_4": ("rep-4", ".3f"),
+    "self_bleu": ("self-BLEU", ".3f"),
+    "entropy": ("entropy, bits", ".3f"),
+    "top_mass": ("mass on the likeliest", ".3f"),
+    "perplexity": ("held-out perplexity", ".2f"),
+    "fit": ("loss on training texts", ".3f"),
+    "overlap_mean": ("longest copy, mean", ".1f"),
+    "overlap_max": ("longest copy, most", ".0f"),
+}
 
 
-def write_table(config: "TrainTableConfig", rows: Mapping[str, Figures]) -> str:
+def write_table(config: "TrainTableConfig", rows: Rows, texts: Rows) -> str:
     """Writes table.md, table.csv and plot.png to the config's folder and returns the Markdown."""
-    text = markdown(config, rows)
+    text = markdown(config, rows, texts)
     (config.folder / "table.md").write_text(text, encoding="utf-8")
     with (config.folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["row", "measure", "value"])
-        writer.writerows([row, name, value] for row, figures in rows.items() for name, value in figures.items())
+        found = {**rows, **texts}
+        writer.writerows([row, name, value] for row, figures in found.items() for name, value in figures.items())
     _plot(rows, config.folder / "plot.png")
     return text
 
 
-def markdown(config: "TrainTableConfig", rows: Mapping[str, Figures]) -> str:
+def markdown(config: "TrainTableConfig", rows: Rows, texts: Rows) -> str:
     """Returns the table's page."""
-    shown = {name: form for name, form in COLUMNS.items() if any(name in figures for figures in rows.values())}
-    papers = {row.name: row.paper for row in config.rows}
     lines = [f"# {config.title or config.table}", "", _setting(config), "", machine(), ""]
-    lines += [
-        f"| row | {' | '.join(title for title, _ in shown.values())} | paper |",
-        f"|{' --- |' * (len(shown) + 2)}",
-    ]
-    for row, figures in rows.items():
-        values = [format(figures[name], form) if name in figures else "" for name, (_, form) in shown.items()]
-        lines.append(f"| {row} | {' | '.join(values)} | {papers.get(row, '')} |")
-    lines += ["", "The bytes of an update are all that its compiled code holds at once, but for the frozen model.", ""]
-    lines += [answer(claim, rows) for claim in config.claims]
+    lines += [*_grid(COLUMNS, rows, {row.name: row.paper for row in config.rows}), ""]
+    lines += ["The bytes of an update are all that its compiled code holds at once, but for the frozen model.", ""]
+    if texts:
+        lines += ["## What the models write", "", _writing(config), ""]
+        lines += [*_grid(TEXT_COLUMNS, texts, {row.name: row.paper for row in config.texts}), ""]
+    lines += [answer(claim, {**rows, **texts}) for claim in config.claims]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def answer(claim: "TrainClaim", rows: Mapping[str, Figures]) -> str:
+def _grid(columns: Mapping[str, tuple[str, str]], rows: Rows, papers: Mapping[str, str]) -> list[str]:
+    """Returns a table's lines; columns without a figure are left out, and so is the paper's where it says nothing."""
+    shown = {name: column for name, column in columns.items() if any(name in figures for figures in rows.values())}
+    told = any(papers.get(row) for row in rows)
+    titles = ["row", *(title for title, _ in shown.values()), *(["paper"] if told else [])]
+    lines = [f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
+    for row, figures in rows.items():
+        values = [_shown(figures, name, form) for name, (_, form) in shown.items()]
+        lines.append(f"| {' | '.join([row, *values, *([papers.get(row, '')] if told else [])])} |")
+    return lines
+
+
+def _shown(figures: Figures, name: str, form: str) -> str:
+    """Returns a figure as text, with its standard error where it has one; "" where it was not measured."""
+    if name not in figures:
+        return ""
+    error = figures.get(f"{name}/error", 0.0)
+    return format(figures[name], form) + (f" ± {format(error, form)}" if error else "")
+
+
+def answer(claim: "TrainClaim", rows: Rows) -> str:
     """Returns a line on a claim: reproduced here or not, with both figures."""
     if any(claim.measure not in rows.get(row, {}) for row in (claim.row, claim.than)):
         return f"- {claim.text}: **not measured** here."
@@ -78,7 +111,16 @@ def _setting(config: "TrainTableConfig") -> str:
     )
 
 
-def _plot(rows: Mapping[str, Figures], path: Path) -> None:
+def _writing(config: "TrainTableConfig") -> str:
+    settings, size = config.continuations, config.size
+    runs = f"; means and standard errors of {size.seeds} runs" if size.seeds > 1 else ""
+    return (
+        f"{size.examples} held-out texts at most, of which {settings.read} tokens are read and {settings.new_tokens} "
+        f"written{runs}. Temperature 0 is greedy; entropy, mass and perplexity are of the laws on the held-out texts."
+    )
+
+
+def _plot(rows: Rows, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")

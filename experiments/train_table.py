@@ -1,20 +1,25 @@
 """Tables of training: every row is a way to train the same model on the same data for the same number of updates.
 
-Each row is run once for each of its learning rates; the one with the least held-out loss at the end is shown, and what
-it came to on questions that decided nothing. A run that is finished is kept; one that was interrupted goes on.
+Each row is run for each of its learning rates (and seeds); the one with the least held-out loss at the end is shown. A
+run that is finished is kept; one that was interrupted goes on. A table may have rows of texts too: what the trained
+models write (`experiments.train_texts`).
 """
 
 import dataclasses
+import functools
 import json
 import shutil
+import statistics
 from pathlib import Path
 from typing import Literal
 
 from experiments.cells import cell_key
 from experiments.config import dump_config
 from experiments.train_config import TrainConfig
+from experiments.train_texts import Continuations, Loaded, TextMeasure, TextRow
 from finetune.adapters import AdapterConfig
 from finetune.objective_configs import CrossEntropyConfig, ObjectiveConfig
+from models.errors import InputError
 
 Figures = dict[str, float]
 BASE = "base"  # the row of the model before it is trained further
@@ -49,9 +54,10 @@ class TrainPreset:
 
     base_steps: int = 100  # updates of the model that the rows start from
     steps: int = 50  # updates of each row
-    examples: int = 64  # questions that are answered, for choosing a learning rate and again for the table
+    examples: int = 64  # held-out questions that are answered, or texts that are continued
     rows: tuple[str, ...] = ()  # which; none: all
     rates: int | None = None  # learning rates of each row, from its first; None: all
+    seeds: int = 1  # runs of each row and rate: the order of the training rows, and of samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,18 +79,24 @@ class TrainTableConfig:
     start: TrainConfig | None = None  # trains the model that rows start from; None: they start from `run.model`
     run: TrainConfig = TrainConfig()  # what all rows share
     rows: tuple[TrainRow, ...] = (TrainRow(),)
+    texts: tuple[TextRow, ...] = ()  # what the trained models write; none: they write nothing
+    continuations: Continuations = Continuations()
     claims: tuple[TrainClaim, ...] = ()
     preset: Literal["smoke", "cpu", "gpu"] = "cpu"
     presets: TrainPresets = TrainPresets()
     out: Path | None = None  # None: results/<table>/<preset>
 
     def __post_init__(self) -> None:
-        names = [row.name for row in self.rows]
-        if len({*names, BASE}) != len(names) + 1:
-            raise ValueError(f"rows must have names of their own, and none may be called {BASE}")
+        rows, texts = ([row.name for row in kind] for kind in (self.rows, self.texts))
+        names = [BASE, *rows, *texts]
+        if len(set(names)) != len(names):
+            raise ValueError(f"rows, of texts too, must have names of their own, and none may be called {BASE}")
+        for row in self.texts:
+            if not {row.of, row.sharp_as or BASE} <= {BASE, *rows}:
+                raise ValueError(f"texts {row.name!r} must be of rows that are trained: {', '.join([BASE, *rows])}")
         for claim in self.claims:
-            if not {claim.row, claim.than} <= {*names, BASE}:
-                raise ValueError(f"claim {claim.text!r} must compare rows of this table: {', '.join([BASE, *names])}")
+            if not {claim.row, claim.than} <= set(names):
+                raise ValueError(f"claim {claim.text!r} must compare rows of this table: {', '.join(names)}")
 
     @property
     def size(self) -> TrainPreset:
@@ -102,24 +114,70 @@ class TrainTableConfig:
         return self.out or Path("results") / self.table / self.preset
 
 
-def measure(config: TrainTableConfig) -> dict[str, Figures]:
-    """Returns {row: figures}, running what is not yet kept; the first row is the model that the others start from."""
-    model = train_base(config)
-    shared = dataclasses.replace(config.run, model=model, scratch=None, steps=config.size.steps)
+def measure(config: TrainTableConfig) -> tuple[dict[str, Figures], dict[str, Figures]]:
+    """Returns ({row: figures}, {row of texts: figures}), running what is not yet kept."""
+    model, size = train_base(config), config.size
+    shared = dataclasses.replace(config.run, model=model, scratch=None, steps=size.steps)
     shared = dataclasses.replace(
-        shared, evaluation=dataclasses.replace(shared.evaluation, every=0, examples=config.size.examples)
+        shared, evaluation=dataclasses.replace(shared.evaluation, every=0, examples=size.examples)
     )
-    plan = [(row, rate) for row in config.chosen for rate in row.learning_rates[: config.size.rates]]
+    plan = [(row, rate) for row in config.chosen for rate in row.learning_rates[: size.rates]]
     tried: dict[str, list[Figures]] = {}
     for done, (row, rate) in enumerate(plan, 1):
-        figures, kept = run_cell(config.folder, row, rate, shared)
+        runs = [run_cell(config.folder, row, rate, seed, shared) for seed in range(size.seeds)]
+        figures = averaged([found for found, _ in runs])
         tried.setdefault(row.name, []).append(figures)
+        asked = f"  exact match {figures['eval/exact_match']:.3f}" if "eval/exact_match" in figures else ""
+        kept = "  (kept)" if all(was_kept for _, was_kept in runs) else ""
         print(
-            f"{done:>3}/{len(plan)} {row.name:<20} rate {rate:<8g} loss {figures['eval/loss']:.4f}  "
-            f"exact match {figures['eval/exact_match']:.3f}{'  (kept)' if kept else ''}",
+            f"{done:>3}/{len(plan)} {row.name:<20} rate {rate:<8g} loss {figures['eval/loss']:.4f}{asked}{kept}",
             flush=True,
         )
-    return {name: min(found, key=lambda figures: figures["eval/loss"]) for name, found in tried.items()}
+    best = {name: min(found, key=lambda figures: figures["eval/loss"]) for name, found in tried.items()}
+    return best, measure_texts(config, shared, best)
+
+
+def measure_texts(config: TrainTableConfig, shared: TrainConfig, best: dict[str, Figures]) -> dict[str, Figures]:
+    """Returns {row of texts: figures}; rows whose model was not trained at this size are left out."""
+    found: dict[str, list[Figures]] = {}
+    for seed in range(config.size.seeds):
+        paths = {name: _run_folder(config.folder, name, row["learning_rate"], seed) for name, row in best.items()}
+        load = functools.cache(functools.partial(_load, shared.model, paths))
+        measures = TextMeasure(
+            config.continuations, shared.data, shared.length, config.size.examples, load, config.folder / "texts"
+        )
+        for row in config.texts:
+            of = {row.of, row.sharp_as or BASE} - {BASE}
+            if of <= set(best):
+                keys = [json.loads((paths[name] / "figures.json").read_text("utf-8"))["key"] for name in sorted(of)]
+                found.setdefault(row.name, []).append(measures(row, seed, cell_key(shared.model, keys)))
+                print(f"texts {row.name}, seed {seed}", flush=True)
+    return {name: averaged(figures) for name, figures in found.items()}
+
+
+def _load(base: str, paths: dict[str, Path], name: str) -> Loaded:
+    """Returns the model of a trained row, or the one that rows start from."""
+    from finetune.adapters.saved import with_adapter
+    from models.weights.load import load_model
+
+    if name != BASE and (paths[name] / "model").is_dir():
+        model, params, tokenizer = load_model(str(paths[name] / "model"))
+    else:
+        model, params, tokenizer = load_model(base)
+    if tokenizer is None:
+        raise InputError(f"{base} has no tokenizer.json: put the model's tokenizer.json into the folder")
+    if name != BASE and (paths[name] / "adapter").is_dir():
+        params = with_adapter(paths[name] / "adapter", base, params)
+    return model, params, tokenizer
+
+
+def averaged(runs: list[Figures]) -> Figures:
+    """Returns the mean of each figure over runs and, of several runs, its standard error as `<name>/error`."""
+    values = {name: [run[name] for run in runs] for name in runs[0]}
+    figures = {name: statistics.fmean(found) for name, found in values.items()}
+    if len(runs) > 1:
+        figures |= {f"{name}/error": statistics.stdev(v) / len(runs) ** 0.5 for name, v in values.items()}
+    return figures
 
 
 def train_base(config: TrainTableConfig) -> str:
@@ -136,7 +194,11 @@ def train_base(config: TrainTableConfig) -> str:
     return str(folder / "model")
 
 
-def run_cell(folder: Path, row: TrainRow, rate: float, shared: TrainConfig) -> tuple[Figures, bool]:
+def _run_folder(folder: Path, row: str, rate: float, seed: int) -> Path:
+    return folder / "runs" / (f"{row}-{rate:g}" + (f"-seed{seed}" if seed else ""))
+
+
+def run_cell(folder: Path, row: TrainRow, rate: float, seed: int, shared: TrainConfig) -> tuple[Figures, bool]:
     """Returns (the figures of one run, whether they were kept from before)."""
     from experiments.training import run_training
 
@@ -145,7 +207,8 @@ def run_cell(folder: Path, row: TrainRow, rate: float, shared: TrainConfig) -> t
         adapter=row.adapter,
         objective=row.objective,
         optimizer=dataclasses.replace(shared.optimizer, learning_rate=rate),
-        run_dir=folder / "runs" / f"{row.name}-{rate:g}",
+        seed=seed,
+        run_dir=_run_folder(folder, row.name, rate, seed),
     )
     path, key = run.run_dir / "figures.json", cell_key(dump_config(run))
     if path.is_file():

@@ -66,10 +66,19 @@ class Run(NamedTuple):
     step: Callable
 
 
+def scratch_tokenizer(name: str) -> Tokenizer:
+    """Returns the tokenizer of a new model: `bytes`, `stories`, or the one of a model (a name or a path)."""
+    from finetune.stories import story_tokenizer
+    from models.weights.byte_tokenizer import byte_tokenizer
+    from models.weights.load import load_model
+
+    own = {"bytes": byte_tokenizer, "stories": story_tokenizer}
+    return own[name]() if name in own else load_model(name).tokenizer
+
+
 def load_base(config: TrainConfig, mesh: Mesh) -> Base:
     """Loads the model to be trained, or makes a new one, spread over a mesh."""
     from models.scratch import scratch_model
-    from models.weights.byte_tokenizer import byte_tokenizer
     from models.weights.load import load_model
 
     if config.scratch is None:
@@ -79,7 +88,7 @@ def load_base(config: TrainConfig, mesh: Mesh) -> Base:
         name = Path(config.model).name
     else:
         shape = config.scratch
-        tokenizer = byte_tokenizer() if shape.tokenizer == "bytes" else load_model(shape.tokenizer).tokenizer
+        tokenizer = scratch_tokenizer(shape.tokenizer)
         model, name = scratch_model(shape, tokenizer.vocab_size), "scratch"
         key, token = jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32)
         params = build(lambda: model.init(key, token)["params"], mesh=mesh)

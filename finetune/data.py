@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 from finetune.corpus import TASKS, Example, generate
 from finetune.rows import Row, Rows, as_chat, encode, fit
 from finetune.sources import FileData, HubData, Item, Placed, read_source
+from finetune.stories import stories
 from models.errors import InputError
 from models.weights.tokenizer import Tokenizer
 
@@ -41,7 +42,33 @@ class GeneratedData:
             raise InputError(f"size must be at least 1 and test_size at least 0, got {self.size} and {self.test_size}")
 
 
-DataConfig = GeneratedData | FileData | HubData
+@dataclasses.dataclass(frozen=True)
+class StoriesData:
+    """Stories that code writes, of a known law (`finetune.stories`); for models with the tokenizer `stories`.
+
+    Attributes:
+        size: stories to train on.
+        test_size: stories to test on.
+        words: words of a story, each of which is a token.
+        domains: whose laws, in turn.
+        seed: of the stories.
+    """
+
+    type: Literal["stories"] = "stories"
+    size: int = 2000
+    test_size: int = 100
+    words: int = 128
+    domains: tuple[int, ...] = (0,)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.test_size < 0 or self.words < 2:
+            raise InputError(
+                f"size must be at least 1, test_size 0 and words 2, got {self.size}, {self.test_size} and {self.words}"
+            )
+
+
+DataConfig = GeneratedData | StoriesData | FileData | HubData
 
 
 class Question(NamedTuple):
@@ -79,8 +106,7 @@ def read_data(config: DataConfig, tokenizer: Tokenizer, length: int) -> Training
         InputError: no such task, file, dataset, split or column; a row without the wanted text, named by its number; no
             row left to train on, or none to test on where some were asked for.
     """
-    source, train, test = _read(config)
-    chat = config.chat if isinstance(config, GeneratedData) else config.columns.chat
+    source, train, test, chat = _read(config)
     train = _encode(train, tokenizer, chat)
     if test is not None:
         test = _encode(test, tokenizer, chat)
@@ -104,15 +130,18 @@ def read_data(config: DataConfig, tokenizer: Tokenizer, length: int) -> Training
     return TrainingData(rows, test_rows, tuple(questions), (*notes, *test_notes))
 
 
-def _read(config: DataConfig) -> tuple[str, Placed, Placed | None]:
-    """Returns (what to call the source, its items to train on, those to test on if the config names any)."""
-    if not isinstance(config, GeneratedData):
-        return read_source(config)
-    train, test = (
-        [(example.task, example) for example in generate(config.tasks, size, config.seed, test=is_test)]
-        for size, is_test in ((config.size, False), (config.test_size, True))
-    )
-    return "the generated data", train, test
+def _read(config: DataConfig) -> tuple[str, Placed, Placed | None, bool]:
+    """Returns (what to call the source, its items to train on, those to test on if the config names any, chat)."""
+    if isinstance(config, FileData | HubData):
+        return *read_source(config), config.columns.chat
+
+    def side(size: int, test: bool) -> Placed:
+        if isinstance(config, StoriesData):
+            return [("a story", text) for text in stories(size, config.words, config.domains, config.seed, test)]
+        return [(example.task, example) for example in generate(config.tasks, size, config.seed, test)]
+
+    chat = isinstance(config, GeneratedData) and config.chat
+    return f"{config.type} data", side(config.size, False), side(config.test_size, True), chat
 
 
 def _encode(items: Placed, tokenizer: Tokenizer, chat: bool) -> list[tuple[Item, Row]]:

@@ -21,7 +21,8 @@ class ScratchConfig:
         kv_heads: key/value heads K.
         mlp_width: F.
         max_length: tokens; the longest context.
-        tokenizer: "bytes", or a model (a name or a path) whose tokenizer is used.
+        tokenizer: "bytes", "stories" (a word each, of the stories that code writes), or a model (a name or a path)
+            whose tokenizer is used.
     """
 
     layers: int = 6
