@@ -27,6 +27,8 @@ KINDS = {
     "bench/speculation": SpeculationBenchConfig,
     "tables": TableConfig,
     "tables/adapters": TrainTableConfig,
+    "tables/emo": TrainTableConfig,
+    "tables/hyperfitting": TrainTableConfig,
     "train": TrainConfig,
     "train/specdec_pp": HeadConfig,
 }
