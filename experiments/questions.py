@@ -14,7 +14,8 @@ _TASKS = {
     "qa": "qa",
     "math_reasoning": "math",
     "rag": "rag",
-}  # every other category is one of the multi-turn questions
+    "code": "code",
+}  # every other category is one of the multi-turn questions; Spec-Bench has no code
 TASKS = ("multi-turn", *_TASKS.values())
 
 
@@ -24,7 +25,7 @@ class Question:
 
     Attributes:
         id: its name.
-        task: one of Spec-Bench's six tasks, or one of `experiments.generated`.
+        task: one of `TASKS`, or one of `experiments.generated`.
         turns: the user's turns.
         document: what the first turn is about, to be put before it; may be empty.
         answer: what the last reply must say; None where replies are not scored.

@@ -8,7 +8,7 @@ import pytest
 from experiments.questions import TASKS, read_questions
 from models.errors import InputError
 
-OURS = Path(__file__).parents[2] / "configs" / "prompts" / "spec_bench.jsonl"
+PROMPTS = Path(__file__).parents[2] / "configs" / "prompts"
 
 
 def write(path: Path, *records) -> Path:
@@ -21,9 +21,12 @@ def question(number: int, category: str = "qa", turns=("why?",)) -> dict:
 
 
 def test_our_own_questions_are_ten_per_task():
-    questions = read_questions(OURS)
-    assert [sum(q.task == task for q in questions) for task in TASKS] == [10] * 6
+    questions = read_questions(PROMPTS / "spec_bench.jsonl")
+    assert [sum(q.task == task for q in questions) for task in TASKS] == [10] * 6 + [0]
     assert all(len(q.turns) == (2 if q.task == "multi-turn" else 1) for q in questions)
+    more = read_questions(PROMPTS / "code_and_math.jsonl")
+    assert [sum(q.task == task for q in more) for task in ("math", "code")] == [10, 10] == [len(more) // 2] * 2
+    assert not {q.turns[0] for q in questions} & {q.turns[0] for q in more}, "heads are trained on the former"
 
 
 def test_tasks_and_spacing(tmp_path):
