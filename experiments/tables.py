@@ -1,6 +1,7 @@
 """A measured table as Markdown, CSV and a plot, with the machine and the versions that it was measured with."""
 
 import csv
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -67,7 +68,7 @@ def measures_of(cell: Cell, plain: Cell) -> dict[str, float]:
         "same": same / len(plain.tokens),
         "acceptance": cell.accepted / cell.drafted if cell.drafted else 0.0,
         "by_target": (cell.emitted - cell.accepted) / cell.emitted,
-        **({"correct": cell.correct / cell.scored} if cell.scored else {}),
+        **({"correct": cell.correct / cell.scored, "scored": cell.scored} if cell.scored else {}),
         "target_calls": cell.target_calls,
         "draft_calls": cell.draft_calls,
         "new_tokens": cell.emitted,
@@ -120,13 +121,30 @@ def machine() -> str:
     )
 
 
+def verdict(gap: float, error: float = 0.0) -> str:
+    """Returns what a difference says of a claim that it is above 0, given its standard error (0: it has none)."""
+    if abs(gap) < 2 * error:
+        return "within the noise"
+    return "reproduced" if gap > 0 else "not reproduced"
+
+
+def share_error(share: float, count: float) -> float:
+    """Returns the standard error of a share of `count` trials, one right and one wrong trial added: never 0."""
+    share = (share * count + 1) / (count + 2)
+    return (share * (1 - share) / count) ** 0.5
+
+
 def _answer(claim: Any, measures: Mapping[tuple[str, str], Mapping[str, float]]) -> str:
-    if any(claim.measure not in measures.get((row, ALL), {}) for row in (claim.row, claim.than)):
+    rows = [measures.get((row, ALL), {}) for row in (claim.row, claim.than)]
+    if any(claim.measure not in row for row in rows):
         return f"- {claim.text}: **not measured** here."
-    ours, theirs = measures[claim.row, ALL][claim.measure], measures[claim.than, ALL][claim.measure]
-    verdict = "reproduced" if ours > claim.factor * theirs else "not reproduced"
+    ours, theirs = (row[claim.measure] for row in rows)
+    error = 0.0
+    if claim.measure == "correct":
+        error = math.hypot(*(share_error(row["correct"], row["scored"]) for row in rows))
     bound = "" if claim.factor == 1 else f", to be above {claim.factor:g} times it"
-    return f"- {claim.text}: **{verdict}** here ({claim.row} {ours:.2f}, {claim.than} {theirs:.2f}{bound})."
+    found = verdict(ours - claim.factor * theirs, error)
+    return f"- {claim.text}: **{found}** here ({claim.row} {ours:.2f}, {claim.than} {theirs:.2f}{bound})."
 
 
 def _plot(config: "TableConfig", measures: Mapping[tuple[str, str], Mapping[str, float]], path: Path) -> None:

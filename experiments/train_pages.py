@@ -1,11 +1,12 @@
 """A table of training runs as Markdown, CSV and a plot."""
 
 import csv
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.tables import machine
+from experiments.tables import machine, share_error, verdict
 
 if TYPE_CHECKING:
     from experiments.train_table import TrainClaim, TrainTableConfig
@@ -61,7 +62,7 @@ def markdown(config: "TrainTableConfig", rows: Rows, texts: Rows) -> str:
     if texts:
         lines += ["## What the models write", "", _writing(config), ""]
         lines += [*_grid(TEXT_COLUMNS, texts, {row.name: row.paper for row in config.texts}), ""]
-    lines += [answer(claim, {**rows, **texts}) for claim in config.claims]
+    lines += [answer(claim, {**rows, **texts}, config.size.examples) for claim in config.claims]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -85,16 +86,25 @@ def _shown(figures: Figures, name: str, form: str) -> str:
     return format(figures[name], form) + (f" ± {format(error, form)}" if error else "")
 
 
-def answer(claim: "TrainClaim", rows: Rows) -> str:
-    """Returns a line on a claim: reproduced here or not, with both figures."""
+def answer(claim: "TrainClaim", rows: Rows, examples: int = 1) -> str:
+    """Returns a line on a claim with both figures: reproduced here or not, or a difference within two standard errors.
+
+    Args:
+        claim: about two rows.
+        rows: their figures.
+        examples: questions that were answered, of which shares of right answers have their error.
+    """
     if any(claim.measure not in rows.get(row, {}) for row in (claim.row, claim.than)):
         return f"- {claim.text}: **not measured** here."
     ours, theirs = rows[claim.row][claim.measure], rows[claim.than][claim.measure]
-    bound = claim.factor * theirs
-    verdict = "reproduced" if (ours < bound if claim.below else ours > bound) else "not reproduced"
+    gap = claim.factor * theirs - ours if claim.below else ours - claim.factor * theirs
+    errors = (rows[row].get(f"{claim.measure}/error", 0.0) for row in (claim.row, claim.than))
+    if claim.measure == "eval/exact_match":
+        errors = (share_error(share, examples) for share in (ours, theirs))
     side = "below" if claim.below else "above"
     wanted = f", to be {side} {claim.factor:g} times it" if claim.factor != 1 else f", to be {side} it"
-    return f"- {claim.text}: **{verdict}** here ({claim.row} {ours:.4g}, {claim.than} {theirs:.4g}{wanted})."
+    found = verdict(gap, math.hypot(*errors))
+    return f"- {claim.text}: **{found}** here ({claim.row} {ours:.4g}, {claim.than} {theirs:.4g}{wanted})."
 
 
 def _setting(config: "TrainTableConfig") -> str:

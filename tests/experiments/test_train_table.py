@@ -95,4 +95,11 @@ def test_claims_are_answered_by_the_figures():
     assert "**reproduced**" in answer(claim, rows)
     assert "**not reproduced**" in answer(TrainClaim("a is small", "a", "b", "x", 0.4, below=True), rows)
     assert "**not reproduced**" in answer(TrainClaim("a is large", "a", "b", "x"), rows)
+    noisy = {"a": {"x": 1.0, "x/error": 0.5}, "b": {"x": 2.0, "x/error": 0.5}}
+    assert "**within the noise**" in answer(TrainClaim("a is small", "a", "b", "x", below=True), noisy)
+    noisy["b"]["x"] = 3.0
+    assert "**reproduced**" in answer(TrainClaim("a is small", "a", "b", "x", below=True), noisy)
+    asked = {"a": {"eval/exact_match": 0.5}, "b": {"eval/exact_match": 0.4}}
+    assert "**within the noise**" in answer(TrainClaim("a is better", "a", "b"), asked, 50)
+    assert "**reproduced**" in answer(TrainClaim("a is better", "a", "b"), asked, 500)
     assert "**not measured**" in answer(TrainClaim("a is large", "a", "b", "y"), rows)
