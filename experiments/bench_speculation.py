@@ -24,8 +24,7 @@ import numpy as np
 from experiments.config import load_config
 from experiments.loading import Loader
 from experiments.questions import read_questions
-from experiments.runtime import run_main, setup_runtime
-from experiments.tables import machine
+from experiments.runtime import machine, run_main, setup_runtime
 from experiments.timed import TimedDecode
 
 ROWS = (1, 4, 8, 16)

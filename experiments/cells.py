@@ -6,9 +6,8 @@ prompt and decoding, compilation apart.
 """
 
 import dataclasses
-import hashlib
-import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,9 @@ from typing import Any, Literal
 import numpy as np
 
 from experiments.generated import is_correct
+from experiments.kept import keep, partial, read_kept
 from experiments.questions import Question
+from experiments.runtime import machine
 from experiments.timed import TimedDecode
 from models.errors import InputError
 
@@ -30,6 +31,8 @@ class Cell:
         tokens: new token ids of every turn.
         steps: decoding steps, all turns together; so are the other counts and seconds.
         scored: replies that were scored, and `correct` how many of them were right.
+        plain_tokens: new tokens of plain decoding on the same questions in the same run; so are its steps and seconds.
+        machine: what it was measured on.
     """
 
     key: str
@@ -44,6 +47,21 @@ class Cell:
     decode_seconds: float
     scored: int = 0
     correct: int = 0
+    plain_tokens: int = 0
+    plain_steps: int = 0
+    plain_prefill_seconds: float = 0.0
+    plain_decode_seconds: float = 0.0
+    machine: str = ""
+
+    def beside(self, plain: "Cell") -> "Cell":
+        """Returns the cell with what plain decoding took in the same run."""
+        return dataclasses.replace(
+            self,
+            plain_tokens=plain.emitted,
+            plain_steps=plain.steps,
+            plain_prefill_seconds=plain.prefill_seconds,
+            plain_decode_seconds=plain.decode_seconds,
+        )
 
     @property
     def emitted(self) -> int:
@@ -67,7 +85,8 @@ def total(cells: Sequence[Cell]) -> Cell:
     def added(name: str) -> Any:
         return sum(getattr(cell, name) for cell in cells)
 
-    names = [field.name for field in dataclasses.fields(Cell) if field.name not in ("key", "tokens", "histogram")]
+    apart = ("key", "tokens", "histogram", "machine")
+    names = [field.name for field in dataclasses.fields(Cell) if field.name not in apart]
     histogram = np.sum([cell.histogram for cell in cells], axis=0).tolist()
     tokens = [turn for cell in cells for turn in cell.tokens]
     return Cell("", tokens=tokens, histogram=histogram, **{name: added(name) for name in names})
@@ -120,7 +139,7 @@ class Row:
     def measure(self, key: str, questions: Sequence[Question], seed: int) -> Cell:
         """Decodes every turn of every question, each turn behind the ones before it."""
         cells = [cell for question in questions for cell in self._answer(question, seed)]
-        return dataclasses.replace(total(cells), key=key)
+        return dataclasses.replace(total(cells), key=key, machine=machine())
 
     def _answer(self, question: Question, seed: int) -> list[Cell]:
         target, draft = self._documents(question)
@@ -128,7 +147,8 @@ class Row:
         for turn in range(len(question.turns)):
             turns = question.turns[: turn + 1]
             call = {} if draft is None else {"draft_prompts": [self._prompt(draft, turns, replies)]}
-            cells.append(self._decode(self._prompt(target, turns, replies), seed, call))
+            own = zlib.crc32(f"{seed} {question.id} {turn}".encode())  # or all turns would draw the same numbers
+            cells.append(self._decode(self._prompt(target, turns, replies), own, call))
             replies.append(self.tokenizer.decode(cells[-1].tokens[0]))
         if question.answer is not None:
             correct = int(is_correct(replies[-1], question.answer))
@@ -168,18 +188,13 @@ class Row:
 _COUNTS = ("steps", "target_calls", "draft_calls", "drafted", "accepted")
 
 
-def cell_key(*parts: Any) -> str:
-    """Returns a fingerprint of what a cell is measured on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def load_cell(path: Path, key: str) -> Cell | None:
     """Returns a kept cell, or None where there is none with this key."""
+    kept = read_kept(path, key)
     try:
-        cell = Cell(**json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
+        return None if kept is None else Cell(**kept)
+    except TypeError:
         return None
-    return cell if cell.key == key else None
 
 
 def save_cell(path: Path, cell: Cell, warm: Any) -> None:
@@ -187,11 +202,10 @@ def save_cell(path: Path, cell: Cell, warm: Any) -> None:
     if warm is not None:
         import jax
 
-        with _partial(path.with_suffix(".npz")).open("wb") as file:
+        with partial(path.with_suffix(".npz")).open("wb") as file:
             np.savez(file, *map(np.asarray, jax.tree.leaves(warm)))
-        _partial(path.with_suffix(".npz")).replace(path.with_suffix(".npz"))
-    _partial(path).write_text(json.dumps(dataclasses.asdict(cell)), encoding="utf-8")
-    _partial(path).replace(path)
+        partial(path.with_suffix(".npz")).replace(path.with_suffix(".npz"))
+    keep(path, **dataclasses.asdict(cell))
 
 
 def load_warm(path: Path, like: Any) -> Any:
@@ -204,7 +218,3 @@ def load_warm(path: Path, like: Any) -> Any:
         raise InputError(f"what was learned up to {path} cannot be read ({error}): delete {path}") from error
     with kept:
         return jax.tree.unflatten(jax.tree.structure(like), [kept[name] for name in kept.files])
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")

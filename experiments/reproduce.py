@@ -1,8 +1,9 @@
 """Measures a table of methods: `python -m experiments.reproduce configs/tables/spec_bench.yaml --preset smoke`.
 
-Every row is a method, every column a task of the questions file; the first row is plain decoding, measured in the same
-run. Tasks go one after another and all rows of a task side by side in time, so that a slow minute of the machine meets
-them all. A cell that is measured is kept and not measured again; an interrupted run goes on where it stopped. Writes
+Every row is a method, every column a task of the questions file; the first row is plain decoding. Tasks go one after
+another and all rows of a task one behind the other, so that a slow hour of the machine meets them all. A cell that is
+measured is kept and not measured again; an interrupted run goes on where it stopped. Plain decoding is measured again
+for a task of which anything else is: every cell keeps what plain decoding took in its own run. Writes
 table.md, table.csv, plot.png and runs/ to results/<table>/<preset>. A config of `type: training` is a table of training
 runs (`experiments.train_table`).
 """
@@ -10,15 +11,15 @@ runs (`experiments.train_table`).
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.cells import Cell, Retrieval, Row, cell_key, load_cell, longest_prompt, save_cell
+from experiments.cells import Cell, Retrieval, Row, load_cell, longest_prompt, save_cell
 from experiments.config import chosen_type, load_config, save_config
 from experiments.decode import SamplingSettings
 from experiments.generated import generate
+from experiments.kept import cell_key, locked
 from experiments.loading import Loader
 from experiments.questions import Question, read_questions
 from experiments.runtime import run_main, setup_runtime
@@ -140,20 +141,27 @@ def measure(config: TableConfig, questions: dict[str, list[Question]]) -> dict[t
     kept_at: dict[str, Path] = {}
     # A warm method's cell stands on those before it, and one with a head on the head.
     history: dict[str, str] = {row.name: head_stamp(row.head) for row in config.chosen}
-    for done, (task, row) in enumerate((task, row) for task in questions for row in config.chosen):
+    plan = [(task, row) for task in questions for row in config.chosen]
+    keys: dict[tuple[str, str], str] = {}
+    for task, row in plan:
         key = cell_key(
             config.model, config.draft, config.dtype, config.seed, config.size.max_new_tokens, row, questions[task]
         )
-        history[row.name] = key = cell_key(key, history[row.name])
-        path = runs / f"{task}--{row.name}.json"
-        cell = load_cell(path, key)
+        history[row.name] = keys[row.name, task] = cell_key(key, history[row.name])
+    paths = {(row.name, task): runs / f"{task}--{row.name}.json" for task, row in plan}
+    found = {place: load_cell(path, keys[place]) for place, path in paths.items()}
+    for done, (task, row) in enumerate(plan):
+        cell, path = found[row.name, task], paths[row.name, task]
+        if row.name == "plain" and any(found[other.name, task] is None for other in config.chosen):
+            cell = None  # what is measured now is compared with plain decoding of now
         kept = cell is not None
         if row.name not in rows and not kept:
             rows[row.name] = _row(config, row, loader, [q for asked in questions.values() for q in asked])
             if row.name in kept_at:
                 rows[row.name].take_warm(kept_at[row.name])
         if cell is None:
-            cell = rows[row.name].measure(key, questions[task], config.seed)
+            cell = rows[row.name].measure(keys[row.name, task], questions[task], config.seed)
+            cell = cell.beside(cells.get(("plain", task), cell))
             save_cell(path, cell, rows[row.name].warm)
         else:
             kept_at[row.name] = path
@@ -189,24 +197,6 @@ def _row(config: TableConfig, row: TableRow, loader: Loader, questions: Sequence
     return Row(tokenizer, decode_fn, params, sampling, row.retrieval)
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder for one run; raises InputError where another run holds it."""
-    from filelock import FileLock, Timeout
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", blocking=False)
-        with lock:
-            yield
-    except Timeout as error:
-        raise InputError(
-            f"another run is writing to {folder}: wait for it, or choose another folder with --out"
-        ) from error
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error}") from error
-
-
 def read_tasks(config: TableConfig) -> dict[str, list[Question]]:
     """Returns {task: questions} for the tasks of the config."""
     per_task = config.size.per_task
@@ -228,7 +218,7 @@ def run_training_table(argv: Sequence[str]) -> str:
 
     config = load_config(train_table.TrainTableConfig, argv, prog=_PROG, description=_DESCRIPTION)
     setup_runtime()
-    with locked(config.folder):
+    with locked(config.folder, "--out"):
         save_config(config, config.folder / "config.yaml")
         written = train_pages.write_table(config, *train_table.measure(config))
     return f"\n{written}\nsaved in {config.folder}{os.sep}"
@@ -245,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(TableConfig, argv, prog=_PROG, description=_DESCRIPTION)
     questions = read_tasks(config)
     setup_runtime()
-    with locked(config.folder):
+    with locked(config.folder, "--out"):
         (config.folder / "runs").mkdir(exist_ok=True)
         save_config(config, config.folder / "config.yaml")
         for row in config.chosen:

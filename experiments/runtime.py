@@ -6,9 +6,12 @@
 `main` loads its config first and calls `setup_runtime()` after, so that `--help` and config errors never wait for JAX.
 """
 
+import functools
 import os
+import platform
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 from models.errors import InputError
@@ -46,3 +49,16 @@ def setup_runtime() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@functools.cache
+def machine() -> str:
+    """Returns the machine and the versions, in a line."""
+    import jax
+
+    device = jax.devices()[0]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax"))
+    return (
+        f"Measured on {len(jax.devices())} {device.platform} device(s) ({device.device_kind}), {os.cpu_count()} CPU "
+        f"cores ({platform.machine()}), Python {platform.python_version()}, {versions}."
+    )

@@ -2,10 +2,7 @@
 
 import csv
 import math
-import os
-import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +16,8 @@ ALL = "all"
 SECTIONS = {
     "mat": "MAT (new tokens per step)",
     "speedup": "Speed over plain, same run",
+    "break_even": "Break-even MAT: a step's time over a plain step's",
+    "tokens_per_second": "New tokens per second of prompt and decoding",
     "correct": "Share of right answers",
 }
 TOTALS = {
@@ -30,6 +29,8 @@ TOTALS = {
     "by_target": "written by target",
     "same": "same text",
     "correct": "right answers",
+    "target_calls": "target calls",
+    "draft_calls": "draft calls",
 }
 Cells = Mapping[tuple[str, str], Cell]
 
@@ -41,7 +42,7 @@ def write_table(config: "TableConfig", cells: Cells, questions: Mapping[str, Seq
         **{(row.name, ALL): total([cells[row.name, task] for task in questions]) for row in config.chosen},
     }
     measures = {key: measures_of(cell, summed["plain", key[1]]) for key, cell in summed.items()}
-    text = markdown(config, measures, questions)
+    text = markdown(config, measures, questions, sorted({cell.machine for cell in cells.values()}))
     (config.folder / "table.md").write_text(text, encoding="utf-8")
     with (config.folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -54,17 +55,18 @@ def write_table(config: "TableConfig", cells: Cells, questions: Mapping[str, Seq
 def measures_of(cell: Cell, plain: Cell) -> dict[str, float]:
     """Returns a cell's figures.
 
-    mat is new tokens per step. speedup compares tokens per second of prompt and decoding with plain decoding's.
-    break_even is a step's time over a plain step's: what MAT must exceed for decoding to be faster than plain. same is
-    the share of turns whose token ids equal plain decoding's. by_target is the share of new tokens that the target
-    itself wrote, correct the share of right replies, where replies are scored.
+    mat is new tokens per step. speedup compares tokens per second of prompt and decoding with plain decoding's in the
+    same run. break_even is a step's time over a plain step's: what MAT must exceed for decoding to be faster than
+    plain. same is the share of turns whose token ids equal plain decoding's. by_target is the share of new tokens that
+    the target itself wrote, correct the share of right replies, where replies are scored.
     """
+    plain_seconds = cell.plain_prefill_seconds + cell.plain_decode_seconds
     same = sum(ours == theirs for ours, theirs in zip(cell.tokens, plain.tokens, strict=True))
     return {
         "mat": cell.mat,
         "tokens_per_second": cell.tokens_per_second,
-        "speedup": cell.tokens_per_second / plain.tokens_per_second,
-        "break_even": (cell.decode_seconds / cell.steps) / (plain.decode_seconds / plain.steps),
+        "speedup": cell.tokens_per_second * plain_seconds / cell.plain_tokens,
+        "break_even": (cell.decode_seconds / cell.steps) / (cell.plain_decode_seconds / cell.plain_steps),
         "same": same / len(plain.tokens),
         "acceptance": cell.accepted / cell.drafted if cell.drafted else 0.0,
         "by_target": (cell.emitted - cell.accepted) / cell.emitted,
@@ -75,10 +77,15 @@ def measures_of(cell: Cell, plain: Cell) -> dict[str, float]:
     }
 
 
-def markdown(config: "TableConfig", measures: Mapping[tuple[str, str], Mapping[str, float]], questions: Any) -> str:
-    """Returns the table's page."""
+def markdown(
+    config: "TableConfig",
+    measures: Mapping[tuple[str, str], Mapping[str, float]],
+    questions: Any,
+    machines: Sequence[str],
+) -> str:
+    """Returns the table's page; `machines` are those that its cells were measured on."""
     columns = [*questions, ALL]
-    lines = [f"# {config.title or config.table}", "", _setting(config, questions), "", machine(), ""]
+    lines = [f"# {config.title or config.table}", "", _setting(config, questions), "", *machines, ""]
     known = measures["plain", ALL]
     for measure, title in SECTIONS.items():
         if len({measures[row.name, ALL].get(measure) for row in config.chosen}) == 1 < len(config.chosen):
@@ -92,32 +99,24 @@ def markdown(config: "TableConfig", measures: Mapping[tuple[str, str], Mapping[s
     shown = {measure: title for measure, title in TOTALS.items() if measure in known}
     lines += ["## All tasks", "", f"| row | {' | '.join(shown.values())} |", f"|{' --- |' * (len(shown) + 1)}"]
     for row in config.chosen:
-        figures = [f"{measures[row.name, ALL][measure]:.2f}" for measure in shown]
+        figures = [_figure(measures[row.name, ALL][measure]) for measure in shown]
         lines.append(f"| {row.name} | {' | '.join(figures)} |")
     lines += ["", "Break-even MAT is a step's time over a plain step's: decoding is faster than plain above it.", ""]
     lines += [_answer(claim, measures) for claim in config.claims]
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _figure(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.2f}"
+
+
 def _setting(config: "TableConfig", questions: Mapping[str, Sequence[Question]]) -> str:
-    count = sum(len(asked) for asked in questions.values())
+    count, most = sum(map(len, questions.values())), max(map(len, questions.values()))
     source = "written by code" if config.generate else f"of {config.questions.name}"
     draft = f", drafts by {config.draft}" if config.draft else ""
     return (
         f"{config.model}{draft}; preset {config.preset}: {count} questions {source} "
-        f"({config.size.per_task} per task), {config.size.max_new_tokens} new tokens per turn, batch 1."
-    )
-
-
-def machine() -> str:
-    """Returns the machine and the versions, in a line."""
-    import jax
-
-    device = jax.devices()[0]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax"))
-    return (
-        f"Measured on {len(jax.devices())} {device.platform} device(s) ({device.device_kind}), {os.cpu_count()} CPU "
-        f"cores ({platform.machine()}), Python {platform.python_version()}, {versions}."
+        f"({most} per task at most), {config.size.max_new_tokens} new tokens per turn, batch 1."
     )
 
 

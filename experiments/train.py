@@ -12,13 +12,15 @@ _PROG = "python -m experiments.train"
 
 
 def describe(config: TrainConfig) -> str:
-    """Returns what a run keeps and how it is spread over its mesh, which need not be here; reads no weights."""
+    """Returns what a run keeps and how it is spread over its mesh, which need not be here; reads no weights of it."""
     import jax
+    import jax.numpy as jnp
 
     from experiments.training import scratch_tokenizer
     from finetune import state
     from finetune.adapters import make_adapter
     from finetune.dry_run import adapter_shapes, dry_run, model_shapes, render
+    from finetune.objective_configs import DistillationConfig, EmoConfig
     from finetune.optimizers import make_optimizer
     from models.decoder import Decoder
     from models.scratch import scratch_model
@@ -37,7 +39,12 @@ def describe(config: TrainConfig) -> str:
         frozen, trainable = adapter_shapes(adapter, base, config.adapter.targets)
         method = state.adapter_tuning(adapter)
     optimizer = make_optimizer(config.optimizer, config.steps, method)
-    return render(dry_run(base, frozen, trainable, optimizer, abstract_mesh(config.mesh)))
+    read = None
+    if isinstance(config.objective, EmoConfig):
+        read = jax.ShapeDtypeStruct((model.config.width, model.config.vocab_size), jnp.float32)
+    elif isinstance(config.objective, DistillationConfig):
+        read = model_shapes(Decoder(read_config(config.objective.teacher)), config.dtype or "float32")
+    return render(dry_run(base, frozen, trainable, optimizer, abstract_mesh(config.mesh), read))
 
 
 def main() -> None:

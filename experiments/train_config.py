@@ -63,7 +63,7 @@ class TrainConfig:
     objective: ObjectiveConfig = CrossEntropyConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     steps: int = 200  # updates in all
-    batch_size: int = 8  # rows of a micro-batch, over all devices
+    batch_size: int = 8  # rows of an update, over all devices and micro-batches
     accumulate: int = 1  # micro-batches of an update
     length: int = 128  # tokens of a row
     packing: bool = True  # several texts in a row; false: one text in a row, padded

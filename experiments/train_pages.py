@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.tables import machine, share_error, verdict
+from experiments.runtime import machine
+from experiments.tables import share_error, verdict
 
 if TYPE_CHECKING:
     from experiments.train_table import TrainClaim, TrainTableConfig
 
 Figures = Mapping[str, float]
 Rows = Mapping[str, Figures]
+HELD_OUT = "eval/cross_entropy"
 COLUMNS = {  # measure -> (title, format)
-    "eval/loss": ("held-out loss", ".4f"),
+    HELD_OUT: ("held-out cross-entropy", ".4f"),
     "eval/exact_match": ("exact match", ".3f"),
     "size/trainable": ("trained numbers", ",.0f"),
     "size/finished": ("of them left at the end", ",.0f"),
@@ -117,7 +119,8 @@ def _setting(config: "TrainTableConfig") -> str:
     )
     return (
         f"Preset {config.preset}: every row starts from {start}, and makes {size.steps} updates of {run.batch_size} "
-        f"rows of {run.length} tokens. Of several learning rates the one with the least held-out loss is shown."
+        f"rows of {run.length} tokens. Of several learning rates the one with the least held-out cross-entropy is "
+        "shown; rows run one after another, so that seconds carry the machine's noise."
     )
 
 
@@ -136,10 +139,10 @@ def _plot(rows: Rows, path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for row, figures in rows.items():
-        if "size/trainable" in figures:
-            axes.scatter(figures["size/trainable"], figures["eval/loss"])
-            axes.annotate(f" {row}", (figures["size/trainable"], figures["eval/loss"]))
+        if "size/trainable" in figures:  # a row that came to nothing has no size
+            axes.scatter(figures["size/trainable"], figures[HELD_OUT])
+            axes.annotate(f" {row}", (figures["size/trainable"], figures[HELD_OUT]))
     axes.set_xscale("log")
     axes.set_xlabel("trained numbers")
-    axes.set_ylabel("held-out loss")
+    axes.set_ylabel("held-out cross-entropy")
     figure.savefig(path, dpi=120)

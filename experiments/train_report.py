@@ -92,7 +92,8 @@ class Reporter:
 
     def measured(self, step: int, figures: Figures) -> None:
         """Logs what was measured on held-out data."""
-        self._log.figures(step, figures)
+        if figures:
+            self._log.figures(step, figures)
         self.figures |= figures
         self.skip()
 
@@ -112,7 +113,7 @@ class Evaluator:
     def __init__(self, settings: Evaluation, run: "Run"):
         """Plans what is measured; nothing is compiled yet."""
         self._run, self._settings = run, settings
-        self._step = make_eval_step(run.base.model, run.objective, run.method, run.mesh)
+        self._step = make_eval_step(run.model, run.objective, run.method, run.mesh)
         self._questions = run.data.questions[: settings.examples]
         self._decode: Callable | None = None
 
@@ -140,9 +141,9 @@ class Evaluator:
 
         run, settings = self._run, self._settings
         if self._decode is None:
-            model, stops = Decoder(run.base.model.config), run.base.tokenizer.stop_ids
+            model, stops = Decoder(run.model.config), run.tokenizer.stop_ids
             self._decode = make_decode_fn(model, "greedy", max_new_tokens=settings.max_new_tokens, stop_tokens=stops)
         params = run.method.attach(run.constants.base, run.constants.frozen, trainable)
         out = self._decode(params, [question.tokens for question in self._questions])
         tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
-        return [run.base.tokenizer.decode(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
+        return [run.tokenizer.decode(row[:length]) for row, length in zip(tokens, lengths, strict=True)]

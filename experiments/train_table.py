@@ -1,28 +1,31 @@
 """Tables of training: every row is a way to train the same model on the same data for the same number of updates.
 
-Each row is run for each of its learning rates (and seeds); the one with the least held-out loss at the end is shown. A
-run that is finished is kept; one that was interrupted goes on. A table may have rows of texts too: what the trained
-models write (`experiments.train_texts`).
+Each row is run for each of its learning rates (and seeds); the one with the least held-out cross-entropy at the end is
+shown. A run that is finished is kept; one that was interrupted goes on from its last checkpoint. A table may have rows
+of texts too: what the trained models write (`experiments.train_texts`).
 """
 
 import dataclasses
 import functools
 import json
+import math
 import shutil
 import statistics
 from pathlib import Path
 from typing import Literal
 
-from experiments.cells import cell_key
 from experiments.config import dump_config
+from experiments.kept import cell_key, keep, read_kept
 from experiments.train_config import TrainConfig
 from experiments.train_texts import Continuations, Loaded, TextMeasure, TextRow
 from finetune.adapters import AdapterConfig
 from finetune.objective_configs import CrossEntropyConfig, ObjectiveConfig
+from finetune.trainer import NotFinite
 from models.errors import InputError
 
 Figures = dict[str, float]
 BASE = "base"  # the row of the model before it is trained further
+HELD_OUT = "eval/cross_entropy"  # what rows are told apart by, whatever their objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,7 @@ class TrainClaim:
     text: str = ""
     row: str = ""
     than: str = ""
-    measure: str = "exact_match"
+    measure: str = "eval/exact_match"
     factor: float = 1.0
     below: bool = False
 
@@ -58,6 +61,12 @@ class TrainPreset:
     rows: tuple[str, ...] = ()  # which; none: all
     rates: int | None = None  # learning rates of each row, from its first; None: all
     seeds: int = 1  # runs of each row and rate: the order of the training rows, and of samples
+
+    def __post_init__(self) -> None:
+        if min(self.base_steps, self.steps, self.examples, self.seeds) < 1 or (
+            self.rates is not None and self.rates < 1
+        ):
+            raise ValueError("base_steps, steps, examples, rates and seeds must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +103,11 @@ class TrainTableConfig:
         for row in self.texts:
             if not {row.of, row.sharp_as or BASE} <= {BASE, *rows}:
                 raise ValueError(f"texts {row.name!r} must be of rows that are trained: {', '.join([BASE, *rows])}")
+        for preset in (self.presets.smoke, self.presets.cpu, self.presets.gpu):
+            if not set(preset.rows) <= set(rows):
+                raise ValueError(f"a preset's rows must choose among the rows of this table: {', '.join(rows)}")
+        if not self.run.evaluation.batches:
+            raise ValueError("run.evaluation.batches must be at least 1: rows are told apart by their held-out loss")
         for claim in self.claims:
             if not {claim.row, claim.than} <= set(names):
                 raise ValueError(f"claim {claim.text!r} must compare rows of this table: {', '.join(names)}")
@@ -130,10 +144,10 @@ def measure(config: TrainTableConfig) -> tuple[dict[str, Figures], dict[str, Fig
         asked = f"  exact match {figures['eval/exact_match']:.3f}" if "eval/exact_match" in figures else ""
         kept = "  (kept)" if all(was_kept for _, was_kept in runs) else ""
         print(
-            f"{done:>3}/{len(plan)} {row.name:<20} rate {rate:<8g} loss {figures['eval/loss']:.4f}{asked}{kept}",
+            f"{done:>3}/{len(plan)} {row.name:<20} rate {rate:<8g} loss {figures[HELD_OUT]:.4f}{asked}{kept}",
             flush=True,
         )
-    best = {name: min(found, key=lambda figures: figures["eval/loss"]) for name, found in tried.items()}
+    best = {name: min(found, key=lambda figures: figures[HELD_OUT]) for name, found in tried.items()}
     return best, measure_texts(config, shared, best)
 
 
@@ -148,7 +162,7 @@ def measure_texts(config: TrainTableConfig, shared: TrainConfig, best: dict[str,
         )
         for row in config.texts:
             of = {row.of, row.sharp_as or BASE} - {BASE}
-            if of <= set(best):
+            if of <= {name for name, figures in best.items() if math.isfinite(figures[HELD_OUT])}:
                 keys = [json.loads((paths[name] / "figures.json").read_text("utf-8"))["key"] for name in sorted(of)]
                 found.setdefault(row.name, []).append(measures(row, seed, cell_key(shared.model, keys)))
                 print(f"texts {row.name}, seed {seed}", flush=True)
@@ -172,7 +186,13 @@ def _load(base: str, paths: dict[str, Path], name: str) -> Loaded:
 
 
 def averaged(runs: list[Figures]) -> Figures:
-    """Returns the mean of each figure over runs and, of several runs, its standard error as `<name>/error`."""
+    """Returns the mean of each figure over runs and, of several runs, its standard error as `<name>/error`.
+
+    Where one of the runs came to nothing (a loss that is not finite), so did all of them.
+    """
+    for run in runs:
+        if not math.isfinite(run.get(HELD_OUT, 0.0)):
+            return run
     values = {name: [run[name] for run in runs] for name in runs[0]}
     figures = {name: statistics.fmean(found) for name, found in values.items()}
     if len(runs) > 1:
@@ -181,13 +201,19 @@ def averaged(runs: list[Figures]) -> Figures:
 
 
 def train_base(config: TrainTableConfig) -> str:
-    """Trains the model that rows start from, where that is asked for and not done; returns its folder or name."""
+    """Trains the model that rows start from, where that is asked for and not done; returns its folder or name.
+
+    Where it was trained with other settings, it and the rows that started from it are given up.
+    """
     from experiments.training import run_training
 
     if config.start is None:
         return config.run.model
     folder = config.folder / BASE
     base = dataclasses.replace(config.start, steps=config.size.base_steps, run_dir=folder)
+    if folder.is_dir() and _other_settings(base):
+        for old in (folder, config.folder / "runs", config.folder / "texts"):
+            shutil.rmtree(old, ignore_errors=True)
     if not (folder / "model").is_dir():
         print(f"training the model that all rows start from, {base.steps} updates", flush=True)
         run_training(base)
@@ -211,16 +237,25 @@ def run_cell(folder: Path, row: TrainRow, rate: float, seed: int, shared: TrainC
         run_dir=_run_folder(folder, row.name, rate, seed),
     )
     path, key = run.run_dir / "figures.json", cell_key(dump_config(run))
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["key"] == key:
-            return kept["figures"], True
+    kept = read_kept(path, key)
+    if kept is not None:
+        return _with_held_out(kept["figures"]), True
     if run.run_dir.is_dir() and (path.is_file() or _other_settings(run)):
         shutil.rmtree(run.run_dir)
-    figures = run_training(run) | {"learning_rate": rate}
-    path.write_text(json.dumps({"key": key, "figures": figures}), encoding="utf-8")
-    shutil.rmtree(run.run_dir / "checkpoints")
-    return figures, False
+    try:
+        figures = run_training(run)
+    except NotFinite as error:
+        print(f"{row.name}, rate {rate:g}: {error}", flush=True)
+        figures = {HELD_OUT: math.inf}
+    figures["learning_rate"] = rate
+    keep(path, key, figures=figures)
+    shutil.rmtree(run.run_dir / "checkpoints", ignore_errors=True)
+    return _with_held_out(figures), False
+
+
+def _with_held_out(figures: Figures) -> Figures:
+    """Returns the figures with the held-out cross-entropy, which is the loss itself where no other is minimised."""
+    return {HELD_OUT: figures["eval/loss"], **figures} if HELD_OUT not in figures else figures
 
 
 def _other_settings(run: TrainConfig) -> bool:

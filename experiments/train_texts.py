@@ -6,14 +6,13 @@ the part that was read.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.cells import cell_key
+from experiments.kept import cell_key, keep, read_kept
 from finetune.data import DataConfig, StoriesData, TrainingData, read_data
 from finetune.rows import Rows
 from models.errors import InputError
@@ -93,13 +92,11 @@ class TextMeasure:
         """
         path = self._folder / f"{row.name}-{seed}.json"
         key = cell_key(self._settings, self._data, self._length, self._contexts, row, seed, runs)
-        if path.is_file():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if kept["key"] == key:
-                return kept["figures"]
+        kept = read_kept(path, key)
+        if kept is not None:
+            return kept["figures"]
         figures, texts = self._measure(row, seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"key": key, "figures": figures, "texts": texts}, indent=1), encoding="utf-8")
+        keep(path, key, figures=figures, texts=texts)
         return figures
 
     def _measure(self, row: TextRow, seed: int) -> tuple[Figures, list[str]]:

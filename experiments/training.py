@@ -8,6 +8,7 @@
     adapter/, model/ what was trained, at the end: an adapter alone, or every parameter
 """
 
+import contextlib
 import dataclasses
 import shutil
 from collections.abc import Callable
@@ -19,15 +20,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from experiments.config import dump_config, save_config
+from experiments.kept import locked
 from experiments.train_config import TrainConfig
 from experiments.train_report import CompiledStep, Evaluator, Figures, Reporter
 from finetune import state as states
 from finetune.adapters import make_adapter
 from finetune.adapters.adapter import Values, count, rebase, select
 from finetune.adapters.gradients import sum_gradients
+from finetune.adapters.saved import base_of, save_adapter
 from finetune.checkpoints import Checkpoints
 from finetune.data import TrainingData, read_data
-from finetune.distributed import check_rows, global_batch, is_main, row_share, wait_for_all
+from finetune.distributed import check_rows, global_batch, is_main, on_main, row_share
+from finetune.emo import EmoConfig, cosine_spread
 from finetune.objective_configs import DistillationConfig, make_objective
 from finetune.objectives import Objective
 from finetune.optimizers import learning_rate, make_optimizer
@@ -35,7 +39,7 @@ from finetune.packing import Batches
 from finetune.rows import Rows
 from finetune.run_log import RunLog
 from finetune.state import Batch, Constants, Method, TrainState
-from finetune.trainer import Hook, make_train_step, train
+from finetune.trainer import Hook, NotFinite, make_train_step, train
 from models.decoder import Decoder
 from models.errors import InputError
 from models.sharding import build, make_mesh, place
@@ -52,9 +56,16 @@ class Base(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A run, ready to go: everything that an update needs."""
+    """A run, ready to go: everything that an update needs.
 
-    base: Base
+    The model's own parameters are not among it: what an update reads of them is in `constants`. `belongs_to` is what an
+    adapter says of them; None where all is trained.
+    """
+
+    name: str
+    model: Decoder
+    tokenizer: Tokenizer
+    belongs_to: Any
     mesh: Mesh
     data: TrainingData
     batches: Batches
@@ -104,20 +115,38 @@ def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
     base = load_base(config, mesh)
     data = read_data(config.data, base.tokenizer, config.length)
     batches, test = _batches(config, data.train, mesh), config.evaluation.batches
-    held_out = _batches(dataclasses.replace(config, accumulate=1), data.test, mesh) if len(data.test) and test else ()
+    # Held-out rows are read by the micro-batch: what an update can hold, an evaluation can.
+    part = dataclasses.replace(config, batch_size=config.batch_size // config.accumulate, accumulate=1)
+    held_out = _batches(part, data.test, mesh) if len(data.test) and test else ()
     held_out = tuple(global_batch(held_out(step), mesh) for step in range(min(len(held_out), test)))
     objective = _objective(config, base, mesh)
+    notes = (*data.notes, *_about_costs(config, objective))
     method, frozen, trainable, rebased = _method(config, base, mesh, objective, batches, checkpoints)
     optimizer = make_optimizer(config.optimizer, config.steps, method)
     with jax.numpy_dtype_promotion("standard"):
         state = build(lambda trainable: states.new_state(trainable, optimizer), trainable, mesh=mesh)
     if checkpoints is not None and checkpoints.latest() is not None:
-        _check_same(config, batches, checkpoints.facts())
+        notes += _check_same(config, batches, checkpoints.facts())
         state, frozen, _ = checkpoints.restore(state, frozen)
     schedule = learning_rate(config.optimizer, config.steps)
     step = make_train_step(base.model, objective, method, optimizer, schedule, mesh)
     constants = Constants(rebased(frozen), frozen, objective.constants)
-    return Run(base, mesh, data, batches, held_out, method, objective, constants, state, CompiledStep(step))
+    belongs_to = None if config.adapter is None else base_of(base.name, base.params)
+    return Run(
+        base.name,
+        base.model,
+        base.tokenizer,
+        belongs_to,
+        mesh,
+        data._replace(notes=notes),
+        batches,
+        held_out,
+        method,
+        objective,
+        constants,
+        state,
+        CompiledStep(step),
+    )
 
 
 def _batches(config: TrainConfig, rows: Rows, mesh: Mesh) -> Batches:
@@ -139,8 +168,21 @@ def _objective(config: TrainConfig, base: Base, mesh: Mesh) -> Objective:
 
     teacher = None
     if isinstance(config.objective, DistillationConfig):
-        teacher = load_model(config.objective.teacher, config.dtype, mesh)[:2]
+        *teacher, tokenizer = load_model(config.objective.teacher, config.dtype, mesh)
+        if tokenizer is None or tokenizer.backend.get_vocab() != base.tokenizer.backend.get_vocab():
+            raise InputError(
+                f"the teacher {config.objective.teacher} reads other tokens than the model {base.name}: take a teacher "
+                "with the same tokenizer"
+            )
     return make_objective(config.objective, base.model, base.params, base.tokenizer.vocab_size, teacher)
+
+
+def _about_costs(config: TrainConfig, objective: Objective) -> tuple[str, ...]:
+    """Returns how far EMO's costs tell tokens apart; nothing for other objectives."""
+    if not isinstance(config.objective, EmoConfig):
+        return ()
+    mean, deviation = cosine_spread(objective.constants["embedding"])
+    return (f"EMO's costs are 1 minus the cosines of the head's vectors: mean {mean:.3f}, deviation {deviation:.3f}",)
 
 
 def _method(
@@ -168,7 +210,7 @@ def _gradients(base: Base, mesh: Any, objective: Objective, kernels: Any, batche
     return sum_gradients(base.model, objective, base.params, kernels, first, mesh)
 
 
-# What decides where a run comes out; the rest of a config may change when it goes on.
+# What decides where a run comes out; the rest of a config, and the learning rate, may change when it goes on.
 _DECIDES = ("model", "scratch", "dtype", "adapter", "data", "objective", "optimizer", "batch_size", "length", "packing")
 
 
@@ -176,11 +218,13 @@ def _facts(config: TrainConfig, batches: Batches) -> dict[str, Any]:
     return {"config": dump_config(config), "data": batches.fingerprint}
 
 
-def _check_same(config: TrainConfig, batches: Batches, facts: dict[str, Any]) -> None:
-    """Raises InputError where a run's checkpoint came of other settings or other data."""
+def _check_same(config: TrainConfig, batches: Batches, facts: dict[str, Any]) -> tuple[str, ...]:
+    """Returns what is to be said of going on; raises InputError where a checkpoint came of other settings or data."""
     import yaml
 
     now, then = (yaml.safe_load(text) for text in (dump_config(config), facts["config"]))
+    for settings in (now, then):
+        settings["optimizer"].pop("learning_rate", None)
     for name in (*_DECIDES, "seed"):
         if now[name] != then[name]:
             raise InputError(
@@ -189,32 +233,63 @@ def _check_same(config: TrainConfig, batches: Batches, facts: dict[str, Any]) ->
             )
     if batches.fingerprint != facts["data"]:
         raise InputError(f"the data is not what the run in {config.run_dir} was trained on; choose another run_dir")
+    if now["steps"] == then["steps"]:
+        return ()
+    return (
+        f"the run was planned for {then['steps']} updates and is now for {now['steps']}: what follows the plan (the "
+        "learning rate, what an adapter gives up on the way) follows the new one from here on",
+    )
 
 
-def open_folder(config: TrainConfig) -> None:
-    """Makes the run's folder; one that holds other things than a run's is refused."""
-    folder = config.run_dir
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
+def check_folder(folder: Path) -> None:
+    """Raises InputError where a folder holds other things than a run's."""
+    import yaml
+
+    if not folder.exists() or (folder.is_dir() and not {path.name for path in folder.iterdir()} - {".lock"}):
+        return
+    if (folder / "checkpoints").is_dir():
+        return
+    try:
+        saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        saved = None
+    if not isinstance(saved, dict) or "run_dir" not in saved:
         raise InputError(f"{folder} is not empty and holds no run: choose another run_dir, or empty it")
-    save_config(config, folder / "config.yaml")
 
 
 def run_training(config: TrainConfig) -> Figures:
-    """Trains, or goes on, to `config.steps` updates; returns the figures of the end."""
+    """Trains, or goes on, to `config.steps` updates; returns the figures of the end.
+
+    Raises:
+        NotFinite: the loss or the gradient is not finite; the message says where the last good checkpoint is.
+        InputError: whatever else the config has wrong about it, or a folder that cannot be written.
+    """
     is_new = not config.run_dir.exists()
-    if is_main():
-        open_folder(config)
-    wait_for_all("the folder of the run is there")
-    with Checkpoints(config.run_dir / "checkpoints", config.saving.keep) as checkpoints:
+    with contextlib.ExitStack() as held:
+
+        def open_folder() -> None:
+            check_folder(config.run_dir)
+            held.enter_context(locked(config.run_dir, "--run_dir"))
+
+        on_main(open_folder)
+        checkpoints = held.enter_context(Checkpoints(config.run_dir / "checkpoints", config.saving.keep))
         try:
             run = prepare(config, checkpoints)
         except InputError:
             if is_new and is_main():  # nothing was trained: leave no folder behind
                 shutil.rmtree(config.run_dir, ignore_errors=True)
             raise
-        start = int(run.state.step)
-        with RunLog(config.run_dir, start, config.steps, is_main()) as log:
+        on_main(lambda: save_config(config, config.run_dir / "config.yaml"))
+        log = held.enter_context(RunLog(config.run_dir, int(run.state.step), config.steps, is_main()))
+        try:
             return _train(config, run, checkpoints, log)
+        except NotFinite as error:
+            last = checkpoints.latest()
+            where = "there is no checkpoint yet" if last is None else f"the last good checkpoint is of update {last}"
+            raise NotFinite(
+                f"{error}; {where}. Lower the learning rate and start the same run again, or start another one "
+                "(run_dir) with a longer warm-up or harder clipping"
+            ) from error
 
 
 def _train(config: TrainConfig, run: Run, checkpoints: Checkpoints, log: RunLog) -> Figures:
@@ -234,8 +309,9 @@ def _train(config: TrainConfig, run: Run, checkpoints: Checkpoints, log: RunLog)
     def batch(step: int) -> Batch:
         return global_batch(run.batches(step), run.mesh)
 
-    every = config.evaluation.every or config.steps
-    hooks = [Hook(every, measure), Hook(config.saving.every, save)]
+    if int(run.state.step) >= config.steps:  # a run that was over already
+        reporter.figures |= evaluate(run.state.trainable)
+    hooks = [Hook(config.saving.every, save), Hook(config.evaluation.every or config.steps, measure)]
     state = train(run.step, run.state, run.constants, batch, config.steps, reporter.report, hooks)
     checkpoints.wait()
     _save_trained(config, run, state)
@@ -244,7 +320,7 @@ def _train(config: TrainConfig, run: Run, checkpoints: Checkpoints, log: RunLog)
 
 def _about(run: Run) -> str:
     return (
-        f"{run.base.name}: {count(run.state.trainable):,} trained numbers; {len(run.data.train):,} texts to train on, "
+        f"{run.name}: {count(run.state.trainable):,} trained numbers; {len(run.data.train):,} texts to train on, "
         f"{len(run.batches):,} updates an epoch; {len(run.data.test):,} texts held out"
     )
 
@@ -260,15 +336,11 @@ def _sizes(run: Run, state: TrainState) -> Figures:
 
 def _save_trained(config: TrainConfig, run: Run, state: TrainState) -> None:
     """Writes what was trained into the run's folder: an adapter alone, or the whole model."""
-    from finetune.adapters.saved import base_of, save_adapter
     from models.weights.orbax import save_model
 
     frozen, trainable = run.method.finish(run.constants.frozen, state.trainable)
     if config.adapter is not None:
-        base = base_of(run.base.name, run.base.params)
-        save_adapter(config.run_dir / "adapter", config.adapter, frozen, trainable, base)
+        save_adapter(config.run_dir / "adapter", config.adapter, frozen, trainable, run.belongs_to)
         return
-    folder = config.run_dir / "model"
-    if is_main() and folder.exists():  # a finished run that was started once more
-        shutil.rmtree(folder)
-    save_model(folder, Decoder(run.base.model.config), run.method.merge({}, {}, trainable), run.base.tokenizer)
+    params = run.method.merge({}, {}, trainable)
+    save_model(config.run_dir / "model", Decoder(run.model.config), params, run.tokenizer, replace=True)

@@ -5,9 +5,11 @@ Every process runs the same program on the same global arrays. What differs is w
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -80,10 +82,24 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(what: str) -> None:
-    """Returns when every process has come to the same place, which goes by the same words in each."""
+def on_main(do: Callable[[], Any]) -> None:
+    """Does something in the first process while the others wait; where it fails there, it fails everywhere.
+
+    Raises:
+        InputError: what `do` raised; in other processes, that the first one has said why.
+    """
+    failed: InputError | None = None
+    if is_main():
+        try:
+            do()
+        except InputError as error:
+            failed = error
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        stopped = multihost_utils.broadcast_one_to_all(np.asarray(failed is not None))
+        if stopped and not is_main():
+            raise InputError("the first process of the run has stopped, and its message says why")
+    if failed is not None:
+        raise failed
 
 
 def check_rows(batch_size: int, mesh: Mesh | AbstractMesh) -> None:

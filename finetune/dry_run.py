@@ -98,7 +98,12 @@ def adapter_shapes(adapter: Adapter, params: Any, targets: tuple[str, ...]) -> t
 
 
 def dry_run(
-    base: Any, frozen: Any, trainable: Any, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
+    base: Any,
+    frozen: Any,
+    trainable: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh,
+    objective: Any = None,
 ) -> DryRun:
     """Counts what a run keeps.
 
@@ -108,11 +113,13 @@ def dry_run(
         trainable: the trained values; this and the other two are trees of shapes or arrays.
         optimizer: of the run.
         mesh: with or without devices.
+        objective: what the objective reads (a teacher, a table of costs); None: nothing.
     """
     state = jax.eval_shape(optimizer.init, trainable)
     trees = {
         "parameters, frozen": base,
         "method, frozen": frozen,
+        **({} if objective is None else {"objective, frozen": objective}),
         "trained values": trainable,
         "their gradients": trainable,
         "optimiser state": state,

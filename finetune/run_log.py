@@ -59,13 +59,16 @@ class RunLog:
             self._board.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), step)
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
-        """Logs figures by their tags ("train/loss")."""
+        """Logs figures by their tags ("train/loss"); raises InputError where they cannot be written (a full disk)."""
         if not self._active:
             return
-        for tag, value in figures.items():
-            self._board.add_scalar(tag, value, step)
-        self._lines.write(json.dumps({"step": step, **figures}) + "\n")
-        self._lines.flush()
+        try:
+            for tag, value in figures.items():
+                self._board.add_scalar(tag, value, step)
+            self._lines.write(json.dumps({"step": step, **figures}) + "\n")
+            self._lines.flush()
+        except OSError as error:
+            raise InputError(f"cannot write to {self._lines.name}: {error.strerror or error}") from error
         shown = "  ".join(f"{tag.split('/')[-1]} {value:.4g}" for tag, value in figures.items() if _shown(tag))
         if self._bar.disable:
             print(f"step {step}/{self._steps}  {shown}", flush=True)

@@ -4,6 +4,7 @@ Axis letters: A micro-batches of an update, B rows, T tokens of a row, N tokens 
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -78,7 +79,7 @@ def _sum_over_chunks(of: Callable[..., Any], head: Any, x: jax.Array, rest: Any)
     """Adds up (value, figures) = of(head, chunk of x, chunk of rest), one chunk at a time.
 
     The gradient of the value in head and x is taken on the way, while a chunk's logits exist: a backward pass would
-    have to keep them, or to make them again. Figures have no gradient.
+    have to keep them, or to make them again. That in head is added up in float32. Figures have no gradient.
     """
     floats = jax.tree.map(lambda value: value if jnp.issubdtype(value.dtype, jnp.floating) else None, head)
 
@@ -93,9 +94,11 @@ def _sum_over_chunks(of: Callable[..., Any], head: Any, x: jax.Array, rest: Any)
     def forward(floats, x):
         def one(in_floats, chunk):
             found, (more, in_x) = jax.value_and_grad(sums, argnums=(0, 1), has_aux=True)(floats, *chunk)
-            return jax.tree.map(jnp.add, in_floats, more), (found, in_x)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), in_floats, more), (found, in_x)
 
-        in_floats, (found, in_x) = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, floats), (x, rest))
+        zeros = jax.tree.map(lambda value: jnp.zeros(value.shape, jnp.float32), floats)
+        in_floats, (found, in_x) = jax.lax.scan(one, zeros, (x, rest))
+        in_floats = jax.tree.map(lambda value, like: value.astype(like.dtype), in_floats, floats)
         return _summed(found), (in_floats, in_x)
 
     def backward(gradients, cotangents):
@@ -184,15 +187,18 @@ def _added(of: Callable[[Batch], Any], batch: Batch) -> Any:
     return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, of(part)), None), zeros, batch)[0]
 
 
-class Hook(NamedTuple):
-    """Something done every so many updates: `run(step, state)` after each step that is a multiple of `every`.
+class NotFinite(InputError):
+    """The loss or the gradient of an update is not a finite number."""
 
-    `last` says whether it is also done after the last update. The state is only good until `run` returns.
+
+class Hook(NamedTuple):
+    """Something done every so many updates and after the last one: `run(step, state)`.
+
+    The state is only good until `run` returns.
     """
 
     every: int
     run: Callable[[int, TrainState], None]
-    last: bool = True
 
 
 def train(
@@ -221,7 +227,7 @@ def train(
         The last state.
 
     Raises:
-        InputError: the loss or the gradient is not finite; no hook has seen a state that came of it.
+        NotFinite: the loss or the gradient is not finite; no hook has seen a state that came of it.
     """
     pending: tuple[int, Metrics] | None = None
 
@@ -238,7 +244,7 @@ def train(
             state, metrics = train_step(state, constants, batches(step))
         settle()
         pending = (step + 1, metrics)
-        due = [hook for hook in hooks if (step + 1) % hook.every == 0 or (hook.last and step + 1 == steps)]
+        due = [hook for hook in hooks if (step + 1) % hook.every == 0 or step + 1 == steps]
         if due:
             settle()
         for hook in due:
@@ -249,8 +255,5 @@ def train(
 
 def _check_finite(step: int, metrics: dict[str, float]) -> None:
     for name in ("loss", "grad_norm"):
-        if not jnp.isfinite(metrics[name]):
-            raise InputError(
-                f"the {name.replace('_', ' ')} of update {step} is {metrics[name]}: lower the learning rate, lengthen "
-                "the warm-up or clip harder, and start again from the last checkpoint"
-            )
+        if not math.isfinite(metrics[name]):
+            raise NotFinite(f"the {name.replace('_', ' ')} of update {step} is {metrics[name]}")

@@ -16,6 +16,7 @@ Axis letters: B batch, T rows of a level, C children per row, F frontier, N cand
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,7 +47,8 @@ from models.errors import InputError
 @dataclasses.dataclass(frozen=True)
 class DySpecOptions(DraftOptions):
     """Rows of the tree without the newest token, rows and levels that the draft reads for it, children per row at most,
-    and the exponent of the estimate.
+    and how a draft's probability becomes an estimated chance of acceptance: to the power of `exponent`, or by
+    `estimate`, f32[...] -> f32[...] (a table that was fitted, say); it should rise, and stay in 0 to 1.
     """
 
     budget: int = 8
@@ -54,6 +56,7 @@ class DySpecOptions(DraftOptions):
     depth: int = 5
     children: int = 4
     exponent: float = 1.0
+    estimate: Callable[[jax.Array], jax.Array] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,6 +65,12 @@ class DySpecOptions(DraftOptions):
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.exponent > 0:
             raise InputError(f"exponent must be above 0, got {self.exponent}")
+        if self.estimate is not None and not callable(self.estimate):
+            raise InputError(f"estimate must be a function of probabilities, or None; got {self.estimate!r}")
+
+    def chance(self, probability: jax.Array) -> jax.Array:
+        """Returns the estimated chance of acceptance of tokens with these probabilities among those left."""
+        return probability**self.exponent if self.estimate is None else self.estimate(probability)
 
 
 @struct.dataclass
@@ -86,18 +95,20 @@ class DySpecState:
     places: jax.Array
 
 
-def draw_values(law: jax.Array, tokens: jax.Array, reached: jax.Array, exponent: float) -> tuple[jax.Array, jax.Array]:
+def draw_values(
+    law: jax.Array, tokens: jax.Array, reached: jax.Array, estimate: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     """Returns the value of each draw, and the chance of reaching what was drawn; f32[B, T, C] both.
 
     Args:
         law: f32[B, T, V], the draft's law behind each row of a level.
         tokens: i32[B, T, C], children in draw order.
         reached: f32[B, T], the chance of reaching each row.
-        exponent: of the estimated chance of acceptance.
+        estimate: from a draw's probability to its chance of acceptance (`DySpecOptions.chance`).
     """
     drawn = jnp.take_along_axis(law, tokens, axis=-1)
     left = 1.0 - (jnp.cumsum(drawn, axis=-1) - drawn)
-    chance = jnp.clip(drawn / jnp.maximum(left, 1e-20), 0.0, 1.0) ** exponent
+    chance = estimate(jnp.clip(drawn / jnp.maximum(left, 1e-20), 0.0, 1.0))
     fails = jnp.cumprod(1.0 - chance, axis=-1)
     value = reached[..., None] * jnp.concatenate([jnp.ones_like(fails[..., :1]), fails[..., :-1]], axis=-1)
     return value, value * chance
@@ -113,12 +124,12 @@ def add_level(
         law: f32[B, T, V], the draft's law behind the last T of them.
         keys: one key per batch row.
         ranked: bool[B], batch rows that take the likeliest children in place of a draw.
-        options: frontier, children and exponent.
+        options: frontier, children and the estimate.
     """
     batch, num, vocab = law.shape
     children, alive = draw_children(law, min(options.children, vocab), keys, ranked)
     first = tree.tokens.shape[1] - num
-    value, reached = draw_values(law, children, tree.reached[:, first:], options.exponent)
+    value, reached = draw_values(law, children, tree.reached[:, first:], options.chance)
     value = jnp.where(alive & (tree.value[:, first:, None] > -jnp.inf), value, -jnp.inf).reshape(batch, -1)
     chosen = jax.lax.top_k(value, min(options.frontier, value.shape[1]))[1]
     parent = first + chosen // children.shape[2]

@@ -91,7 +91,8 @@ def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, .
             cache=cache, stats=after.stats.replace(accepted=accepted), carry=carry.replace(draft=draft, seen=seen)
         )
 
-    return Steps(init, step, drafter.width, drafter.most, drafter.cold, lambda carry: drafter.warm(carry.draft))
+    rows = max(drafter.width, drafter.most)  # what is read behind the text, and what `commit` moves there
+    return Steps(init, step, rows, drafter.most, drafter.cold, lambda carry: drafter.warm(carry.draft))
 
 
 def _run_if(wanted: jax.Array, run: Callable[[DecodeState], DecodeState], state: DecodeState) -> DecodeState:

@@ -33,6 +33,7 @@ from models.errors import InputError
 _PRIOR = 4.0  # trials that the prior counts for
 _MARGIN = 1.1  # how many times plain decoding's speed several rows must promise
 _SETTLED = 8.0  # accepted tokens that count as expected and accepted before the first step
+_MEMORY = 0.99  # of what was expected and accepted, per step: a bad start is forgotten, drafting or not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +142,8 @@ class Estimate:
         hits: f32[X, Y], how often a candidate of each kind was the right token.
         trials: f32[X, Y], of how many times.
         pending: f32[], what the step under way is expected to accept.
-        expected: f32[], what all steps before were expected to accept.
-        accepted: f32[], what they accepted.
+        expected: f32[], what the steps before were expected to accept, the last ones most.
+        accepted: f32[], what they accepted, in the same measure.
     """
 
     hits: jax.Array
@@ -165,8 +166,8 @@ class Estimate:
         """Returns the estimate after a step that accepted i32[] drafted tokens."""
         return self.replace(
             pending=jnp.zeros_like(self.pending),
-            expected=self.expected + self.pending,
-            accepted=self.accepted + accepted.astype(jnp.float32),
+            expected=_MEMORY * self.expected + self.pending,
+            accepted=_MEMORY * self.accepted + accepted.astype(jnp.float32),
         )
 
     def honest(self) -> jax.Array:

@@ -199,7 +199,9 @@ def make_token_recycling(model: Decoder, options: TokenRecyclingOptions, stop_to
     def observe(params: Any, memory: Memory, seen: Seen) -> Memory:
         if curve:
             memory = memory.replace(estimate=learned(memory, seen))
-        real = jnp.broadcast_to((seen.emitted > 0)[:, None], seen.tree.tokens.shape)
+        live = seen.tree.parent >= 0
+        real = (seen.emitted > 0)[:, None] & live.at[:, 0].set(True)
+        real = jnp.broadcast_to(real, seen.tree.tokens.shape)
         vocab = seen.logits.shape[-1]
         return recycle(memory, seen.tree.tokens.reshape(-1), seen.logits.reshape(-1, vocab), real.reshape(-1))
 

@@ -65,6 +65,7 @@ class TokenTree:
         parent = jnp.where(live & (parent >= 0), row_of[index, jnp.maximum(parent, 0)], -1)
         above = jnp.broadcast_to(self.ancestors, (batch, *self.ancestors.shape[1:]))
         above = above[index[..., None], places[:, :, None], places[:, None, :]]
+        above = above & live[:, None, :] | jnp.eye(width, dtype=bool)[None]  # what is not live is above itself alone
         laws = self.laws
         if laws is not None:
             last = laws.shape[1] - 1

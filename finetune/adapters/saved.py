@@ -96,17 +96,18 @@ def save_adapter(folder: Path | str, config: AdapterConfig, frozen: Values, trai
     Raises:
         InputError: something else stands there, the disk is full, or the folder cannot be written.
     """
-    tree = {"frozen": _nested(frozen), "trainable": _nested(trainable)}
+    tree = {name: x for name, x in (("frozen", _nested(frozen)), ("trainable", _nested(trainable))) if x}
     if jax.process_count() > 1:
         tree = multihost_utils.process_allgather(tree, tiled=True)
     if jax.process_index() != 0:
         return
-    about = {"format": _FORMAT, "adapter": dataclasses.asdict(config), "base": base._asdict()}
+    about = {"format": _FORMAT, "adapter": dataclasses.asdict(config), "base": base._asdict(), "empty": not tree}
     alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
     with whole_folder(folder, mark=CONFIG_NAME) as staging:
         try:
             with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
-                checkpointer.save(staging.absolute() / "values", {k: v for k, v in tree.items() if v})
+                if tree:  # an adapter may have given up all that it had (SoRA)
+                    checkpointer.save(staging.absolute() / "values", tree)
         except ValueError as error:  # how orbax's writer reports a failed write
             raise InputError(f"cannot write {folder}: {error}") from error
         (staging / CONFIG_NAME).write_text(json.dumps(about, indent=1), encoding="utf-8")
@@ -134,7 +135,7 @@ def load_adapter(folder: Path | str, base: Base) -> SavedAdapter:
             f"the adapter in {folder} belongs to {trained_on.name!r} (content {trained_on.content[:12]}), not to "
             f"{base.name!r} (content {base.content[:12]}): load that model, or train an adapter for this one"
         )
-    values = _read_values(folder)
+    values = {} if about.get("empty") else _read_values(folder)
     trainable = _flat(values.get("trainable", {}))
     frozen = {path: {} for path in trainable} | _flat(values.get("frozen", {}))
     return SavedAdapter(config, make_adapter(config), frozen, trainable, trained_on)

@@ -29,20 +29,35 @@ CONFIG_NAME = "fleetlm.json"
 _FORMAT = 1
 
 
-def save_model(folder: Path | str, model: Decoder, params: Any, tokenizer: Tokenizer | None = None) -> None:
+def save_model(
+    folder: Path | str, model: Decoder, params: Any, tokenizer: Tokenizer | None = None, *, replace: bool = False
+) -> None:
     """Writes a model folder that `load_model` reads; dtypes are kept.
 
     The folder appears complete or not at all. Every process that holds a part of the parameters must call this; the
-    first one gathers them and writes. Raises InputError when the folder exists already or cannot be written.
+    first one gathers them and writes.
+
+    Args:
+        folder: where to.
+        model: the network.
+        params: its parameters.
+        tokenizer: to be put beside them.
+        replace: whether a model folder that stands there gives way, once the new one is whole.
+
+    Raises:
+        InputError: the folder exists already, or cannot be written (a full disk).
     """
     if jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)
     if jax.process_index() != 0:
         return
     alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
-    with whole_folder(folder) as staging:
-        with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
-            checkpointer.save(staging.absolute() / "params", params)
+    with whole_folder(folder, mark=CONFIG_NAME if replace else None) as staging:
+        try:
+            with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
+                checkpointer.save(staging.absolute() / "params", params)
+        except ValueError as error:  # how orbax's writer reports a failed write
+            raise InputError(f"cannot write {folder}: {error}") from error
         values = {"format": _FORMAT, "config": config_to_dict(model.config)}
         (staging / CONFIG_NAME).write_text(json.dumps(values, indent=1), encoding="utf-8")
         if tokenizer is not None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import decoding.decode
 from decoding import METHODS, make_decode_fn
 from decoding.autoregressive import SAMPLE, NoOptions, make_sample
 from decoding.method import Method, Steps, WithDraft
@@ -59,9 +60,9 @@ def lawful() -> list[str]:
     return [name for name, method in METHODS.items() if method.label != "lossy" and method.temperature is not None]
 
 
-def made(name: str, model, params, room: int):
+def made(name: str, model, params, room: int, **more):
     """Returns (decode_fn, params) of a method; a draft is the model's first layer, its weights somewhat off."""
-    options = SMALL.get(name, {})
+    options = {**SMALL.get(name, {}), **more}
     if not METHODS[name].drafts:
         return make_decode_fn(model, name, max_new_tokens=room, **options), params
     draft = Decoder(dataclasses.replace(model.config, blocks=model.config.blocks[:1]))
@@ -111,6 +112,23 @@ def test_rows_do_not_depend_on_their_batch(tiny, name):
             continue  # what all rows teach the drafter saves each of them steps
         same_row = jax.tree.map(lambda many, row=row: many[row : row + 1], output.stats)
         jax.tree.map(np.testing.assert_array_equal, alone.stats, same_row)
+
+
+@pytest.mark.parametrize("name", labelled("exact"))
+def test_a_stop_token_and_a_limit_cut_the_greedy_text(tiny, greedy, name):
+    """Stop tokens that stand in the middle of what a step accepts, limits that end there; then no new compilation."""
+    stops = {text[place] for text, place in zip(greedy[::2], (4, 9, 14, 2), strict=True)}
+    limit = [ROOM, 5, ROOM, 1, 7, ROOM, 11, 0]
+    expected = []
+    for text, most in zip(greedy, limit, strict=True):
+        ends = [place + 1 for place, token in enumerate(text) if token in stops]
+        expected.append(text[: min([most, *ends])])
+    assert len({len(text) for text in expected}) > 4
+    fn, params = made(name, *tiny, ROOM, stop_tokens=sorted(stops))
+    assert texts(fn(params, PROMPTS, max_new_tokens=limit)) == expected
+    compiled = decoding.decode._decode._cache_size()
+    fn(params, [prompt[:-1] or [1] for prompt in PROMPTS], 5, max_new_tokens=limit[::-1])
+    assert decoding.decode._decode._cache_size() == compiled, "one trace per bucket and method"
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -72,7 +72,11 @@ def test_a_preset_chooses_rows(table, tmp_path, capsys):
     assert "| recycled |" in page and "| copies |" not in page and "**not measured** here" in page
     (tmp_path / "table.yaml").write_text(TABLE)
     run()
-    assert kept(capsys) == [True, False, True] * 2, "what was measured stays"
+    assert kept(capsys) == [False, False, True] * 2, "what was measured stays; plain decoding is of the new cells' run"
+    new, old = (json.loads((out / "runs" / f"qa--{row}.json").read_text()) for row in ("copies", "recycled"))
+    plain = json.loads((out / "runs" / "qa--plain.json").read_text())
+    assert new["plain_decode_seconds"] == plain["decode_seconds"] != old["plain_decode_seconds"]
+    assert plain["machine"] in page
 
 
 def test_an_interrupted_run_goes_on(table, capsys, monkeypatch):
@@ -92,7 +96,7 @@ def test_an_interrupted_run_goes_on(table, capsys, monkeypatch):
     monkeypatch.setattr(reproduce, "save_cell", save)
     capsys.readouterr()
     run()
-    assert kept(capsys) == [True] * 4 + [False] * 2
+    assert kept(capsys) == [True] * 3 + [False] * 3
     resumed = json.loads((out / "runs" / "qa--recycled.json").read_text())
     for path in (out / "runs").iterdir():
         path.unlink()
@@ -172,7 +176,7 @@ def cell(tokens: list[list[int]], steps: int, seconds: float) -> Cell:
 
 def test_figures():
     plain, fast = cell([[1, 2, 3, 4], [5, 6]], 6, 5.0), cell([[1, 2, 3, 4], [5, 7]], 3, 3.0)
-    figures = measures_of(fast, plain)
+    figures = measures_of(fast.beside(plain), plain)
     assert figures["mat"] == 2 and figures["same"] == 0.5 and figures["speedup"] == pytest.approx(6 / 4)
     assert figures["break_even"] == pytest.approx((3 / 3) / (5 / 6))
     both = total([plain, fast])

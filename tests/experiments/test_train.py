@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from experiments import train
 from experiments.loading import Loader
@@ -64,7 +65,7 @@ def test_a_run_leaves_its_folder(run, tmp_path, capsys):
     folder = tmp_path / "whole"
     assert sorted(values) == list(range(1, 9)) and values[8] < values[1]
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "model",
+        "config.yaml", ".lock", "metrics.jsonl", "tensorboard", "checkpoints", "model",
     }  # fmt: skip
     logged = {tag for line in lines(folder) for tag in line}
     assert logged >= {"train/loss", "train/grad_norm", "train/learning_rate", "eval/loss", "eval/exact_match"}
@@ -143,10 +144,12 @@ def test_an_adapter_is_saved_alone(run, tmp_path):
     assert moved["layers_0"]["attention"]["q"]["kernel"] and not moved["embedding"]["embedding"]
 
 
-def test_other_settings_do_not_go_on_with_a_run(run):
+def test_other_settings_do_not_go_on_with_a_run(run, tmp_path):
     run("run", "--steps", "2")
+    before = (tmp_path / "run" / "config.yaml").read_text()
     with pytest.raises(InputError, match="was started with another optimizer"):
-        run("run", "--optimizer.learning_rate", "0.5")
+        run("run", "--optimizer.beta2", "0.5")
+    assert (tmp_path / "run" / "config.yaml").read_text() == before, "what is refused changes nothing"
     with pytest.raises(InputError, match="was started with another data"):
         run("run", "--data.size", "61")
 
@@ -157,10 +160,30 @@ def test_a_folder_of_other_things_is_refused(run, tmp_path):
     with pytest.raises(InputError, match="is not empty and holds no run"):
         run("mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    (tmp_path / "mine" / "config.yaml").write_text("theirs: true\n")
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        run("mine")
+    assert (tmp_path / "mine" / "config.yaml").read_text() == "theirs: true\n"
+
+
+def test_a_folder_that_another_run_holds_is_refused(run, tmp_path):
+    (tmp_path / "held").mkdir()
+    with FileLock(tmp_path / "held" / ".lock"), pytest.raises(InputError, match="another run is writing to.*run_dir"):
+        run("held")
+
+
+def test_a_longer_plan_is_said(run, capsys):
+    run("longer", "--steps", "2")
+    run("longer", "--steps", "3", "--optimizer.learning_rate", "1e-4")
+    assert "was planned for 2 updates and is now for 3" in capsys.readouterr().out
+    run("longer", "--steps", "3")
+    assert "planned" not in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_good_checkpoints(run, tmp_path):
-    with pytest.raises(InputError, match=r"(loss|grad norm) of update \d+ is (nan|inf)"):
+    with pytest.raises(
+        InputError, match=r"(loss|grad norm) of update \d+ is (nan|inf).*good checkpoint is of update \d"
+    ):
         run("nan", "--optimizer.learning_rate", "1e30", "--optimizer.warmup", "0", "--saving.every", "1")
     kept = [int(path.name) for path in (tmp_path / "nan" / "checkpoints").iterdir() if path.name.isdigit()]
     assert kept and max(kept) <= len(losses(tmp_path / "nan"))

@@ -32,6 +32,8 @@ presets:
   smoke: {base_steps: 3, steps: 2, examples: 1}
 """
 
+OPTIMIZER = "  optimizer: {schedule: constant, warmup: 0.0}\n  evaluation"
+
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
@@ -82,11 +84,68 @@ def test_an_interrupted_table_goes_on(table, capsys, monkeypatch):
     assert capsys.readouterr().out.count("(kept)") == 1
 
 
+def test_a_run_that_was_over_before_its_figures_were_kept(table, capsys, monkeypatch):
+    """As after a kill between the last checkpoint and the figures."""
+    run, out = table
+    keep, taken = train_table.keep, []
+
+    def killed(path, key, **values):
+        taken.append(values["figures"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_table, "keep", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.setattr(train_table, "keep", keep)
+    run()
+    figures = json.loads((out / "runs" / "full-0.01" / "figures.json").read_text())["figures"]
+    assert figures["eval/loss"] == pytest.approx(taken[0]["eval/loss"])
+    (out / "runs" / "full-0.01" / "figures.json").write_text('{"key": "')
+    capsys.readouterr()
+    run()
+    assert capsys.readouterr().out.count("(kept)") == 2, "damaged figures are measured again"
+
+
+def test_another_base_gives_up_the_rows_that_started_from_the_old_one(table, capsys):
+    run, out = table
+    run()
+    capsys.readouterr()
+    run("--presets.smoke.base_steps", "2")
+    printed = capsys.readouterr().out
+    assert "training the model" in printed and "(kept)" not in printed
+
+
+def test_a_rate_that_comes_to_nothing_does_not_end_the_table(table, tmp_path, capsys):
+    run, out = table
+    text = TABLE.replace("learning_rates: [1e-2]", "learning_rates: [1e30, 1e-2]").replace("  evaluation", OPTIMIZER)
+    (tmp_path / "table.yaml").write_text(text)
+    run()
+    assert "loss inf" in capsys.readouterr().out
+    assert "| full | inf" not in (out / "table.md").read_text()
+
+
 def test_rows_need_names_of_their_own(table, tmp_path):
     run, _ = table
     (tmp_path / "table.yaml").write_text(TABLE.replace("name: xs", "name: full").replace("row: xs", "row: full"))
     with pytest.raises(InputError, match="names of their own"):
         run()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("steps: 2,", "steps: 0,", "must be at least 1"),
+        ("examples: 1", "examples: 1, seeds: 0", "must be at least 1"),
+        ("examples: 1", "examples: 1, rows: [ful]", "must choose among the rows of this table: full, xs"),
+        ("batches: 2", "batches: 0", "told apart by their held-out loss"),
+    ],
+)
+def test_settings_that_do_not_fit(table, tmp_path, before, after, message):
+    run, out = table
+    (tmp_path / "table.yaml").write_text(TABLE.replace(before, after))
+    with pytest.raises(InputError, match=message):
+        run()
+    assert not out.exists()
 
 
 def test_claims_are_answered_by_the_figures():

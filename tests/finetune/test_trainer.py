@@ -144,12 +144,12 @@ class Script:
         assert metrics == {"loss": self.losses.get(step, 1.0), "grad_norm": 1.0}
         self.events.append(f"report {step}")
 
-    def hook(self, name: str, every: int, last: bool = True) -> Hook:
+    def hook(self, name: str, every: int) -> Hook:
         def run(step, state):
             assert int(state.step) == step
             self.events.append(f"{name} {step}")
 
-        return Hook(every, run, last)
+        return Hook(every, run)
 
     def train(self, steps: int, start: int = 0, hooks=()) -> TrainState:
         state = TrainState(jnp.int32(start), {}, {})
@@ -170,16 +170,16 @@ def test_metrics_are_read_after_the_next_update_is_dispatched():
 
 
 def test_hooks_run_behind_the_reports_of_all_updates_so_far():
-    """Every second update and after the last one; or not after the last one."""
+    """Every so many updates and after the last one."""
     script = Script()
-    script.train(3, hooks=[script.hook("save", 2), script.hook("look", 2, last=False)])
+    script.train(3, hooks=[script.hook("save", 2), script.hook("look", 5)])
     assert [event for event in script.events if "update" not in event] == [
         "report 1",
         "report 2",
         "save 2",
-        "look 2",
         "report 3",
         "save 3",
+        "look 3",
     ]
 
 
@@ -193,7 +193,7 @@ def test_a_run_goes_on_where_its_state_stands():
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_loss_that_is_not_finite_ends_the_run_before_any_hook(value):
     script = Script({2: value})
-    with pytest.raises(InputError, match=f"the loss of update 2 is {value}: lower the learning rate"):
+    with pytest.raises(InputError, match=f"the loss of update 2 is {value}$"):
         script.train(4, hooks=[script.hook("save", 2)])
     assert not any("save" in event or event == "report 2" for event in script.events)
     assert "report 1" in script.events

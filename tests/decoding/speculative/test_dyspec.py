@@ -73,6 +73,16 @@ def test_levels_and_pruning_equal_the_heap(budget, exponent):
         assert {paths[b][place] for place in places[b].tolist()} == {()} | {path for path, _ in expected}
 
 
+def test_the_estimate_can_be_any_function():
+    of_power, given = (
+        layered_tree(DySpecOptions(frontier=6, depth=DEPTH, children=3, **how))[0]
+        for how in ({"exponent": 0.5}, {"estimate": jnp.sqrt})
+    )
+    np.testing.assert_allclose(of_power.value[:, 1:], given.value[:, 1:], rtol=1e-5)
+    with pytest.raises(InputError, match="estimate must be a function"):
+        DySpecOptions(estimate=0.5)
+
+
 def test_pruned_trees_hang_together():
     candidates, paths, laws = layered_tree(DySpecOptions(frontier=6, depth=DEPTH, children=3))
     tree, places = pruned(candidates, laws, 10)
@@ -91,7 +101,7 @@ def test_pruned_trees_hang_together():
 
 def test_values_are_the_chances_of_the_paper():
     law, reached = np.array([[[0.5, 0.3, 0.2]]], np.float32), np.array([[0.8]], np.float32)
-    value, chance = draw_values(jnp.asarray(law), jnp.asarray([[[0, 2, 1]]]), jnp.asarray(reached), 1.0)
+    value, chance = draw_values(jnp.asarray(law), jnp.asarray([[[0, 2, 1]]]), jnp.asarray(reached), lambda p: p)
     np.testing.assert_allclose(value[0, 0], [0.8, 0.4, 0.4 * 0.6], rtol=1e-5)
     np.testing.assert_allclose(chance[0, 0], [0.4, 0.4 * 0.4, 0.4 * 0.6 * 1.0], rtol=1e-5)
 

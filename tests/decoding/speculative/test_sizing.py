@@ -191,3 +191,25 @@ def test_copies_are_expected_by_their_match_and_their_place():
 def test_only_a_curve_will_do(tiny, method):
     with pytest.raises(InputError, match="latency must be a LatencyCurve"):
         make_decode_fn(tiny[0], method, latency="fast")
+
+
+@pytest.mark.parametrize("width", [16, 20, 81])
+def test_trees_of_any_width_can_be_sized(tiny, width):
+    """Rows that are not live stand for a template's last row, which may be live itself; the text may not see them."""
+    model, params = tiny
+    curve = LatencyCurve((1, 4, 8, 16), (1.0, 1.0, 1.0, 1.0))
+    plain = make_decode_fn(model, max_new_tokens=ROOM)(params, PROMPTS)
+    fn = make_decode_fn(model, "token_recycling", max_new_tokens=ROOM, width=width, latency=curve)
+    warm = None
+    for _ in range(3):  # the table fills, so that ever more rows are live
+        output = fn(params, PROMPTS, warm=warm)
+        assert texts(output) == texts(plain)
+        warm = output.warm
+
+
+def test_a_bad_start_is_forgotten():
+    estimate = no_estimate((1, 1)).replace(expected=jnp.asarray(40.0), accepted=jnp.asarray(1.0))
+    before = float(estimate.honest())
+    for _ in range(300):
+        estimate = estimate.settled(jnp.asarray(0))
+    assert before < 0.3 and float(estimate.honest()) > 0.8

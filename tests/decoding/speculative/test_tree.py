@@ -122,3 +122,17 @@ def test_tree_hangs_tokens_into_the_shape(name):
         assert array.shape[0] == 1, "one shape for the whole batch"
         np.testing.assert_array_equal(array[0], getattr(template, own))
         assert array.dtype == getattr(template, own).dtype
+
+
+def test_rows_that_are_not_live_are_above_no_row():
+    """Dead rows may stand for a row that is live: no live row may see them."""
+    template = branching((2, 2))
+    tree = template.tree(jnp.arange(7)[None, :])
+    places = jnp.asarray([[0, 1, 6, 6, 6]])
+    live = jnp.asarray([[True, True, False, False, False]])
+    small = tree.subtree(places, live)
+    assert small.ancestors[0, :2, 2:].sum() == 0
+    places, live = jnp.asarray([[0, 2, 6, 6, 6]]), jnp.asarray([[True, True, True, False, False]])
+    small = tree.subtree(places, live)
+    np.testing.assert_array_equal(small.ancestors[0, 2], [True, True, True, False, False])
+    assert small.parent[0].tolist()[:3] == [-1, 0, 1] and (small.parent[0, 3:] == -1).all()

@@ -59,6 +59,13 @@ def test_every_method_comes_back(name, tiny, tmp_path):
     np.testing.assert_array_equal(model.apply({"params": merged}, tokens).logits, expected.logits)
 
 
+def test_an_adapter_that_gave_up_everything_comes_back(tiny, tmp_path):
+    save_adapter(tmp_path / "adapter", CONFIG, {}, {}, base_of("tiny", tiny[1]))
+    again = load_adapter(tmp_path / "adapter", base_of("tiny", tiny[1]))
+    assert again.frozen == again.trainable == {}
+    same(with_adapter(tmp_path / "adapter", "tiny", tiny[1]), tiny[1])
+
+
 def test_the_model_with_it_gives_the_logits_of_training(tiny, folder):
     model, params = tiny
     tokens = jnp.arange(12, dtype=jnp.int32)[None, :]

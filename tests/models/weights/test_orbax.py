@@ -93,6 +93,16 @@ def test_nothing_is_left_when_saving_fails(step, error, expected, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_takes_another_s_place_when_asked_to(tmp_path):
+    folder, params = tmp_path / "model", random_params()
+    save_model(folder, Decoder(CONFIG), params)
+    save_model(folder, Decoder(CONFIG), jax.tree.map(lambda x: x + 1, params), replace=True)
+    jax.tree.map(np.testing.assert_array_equal, load_model(folder).params, jax.tree.map(lambda x: x + 1, params))
+    (folder / CONFIG_NAME).unlink()
+    with pytest.raises(InputError, match="exists already"):
+        save_model(folder, Decoder(CONFIG), params, replace=True)
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
