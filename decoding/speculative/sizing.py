@@ -38,10 +38,10 @@ _MEMORY = 0.99  # of what was expected and accepted, per step: a bad start is fo
 
 @dataclasses.dataclass(frozen=True)
 class LatencyCurve:
-    """Seconds of a target pass over each number of rows; the first is one row.
+    """Seconds of a target pass over each number of rows; the first is one row, and there is a second.
 
     Raises:
-        InputError: sizes that do not rise from 1, or seconds that are not positive numbers, one per size.
+        InputError: sizes that do not rise from 1, fewer than two, or seconds that are not positive, one per size.
     """
 
     sizes: tuple[int, ...]
@@ -50,15 +50,18 @@ class LatencyCurve:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", tuple(self.sizes))
         object.__setattr__(self, "seconds", tuple(self.seconds))
-        if not self.sizes or self.sizes[0] != 1 or list(self.sizes) != sorted(set(self.sizes)):
-            raise InputError(f"sizes must rise from 1, got {self.sizes}")
+        if len(self.sizes) < 2 or self.sizes[0] != 1 or list(self.sizes) != sorted(set(self.sizes)):
+            raise InputError(f"sizes must rise from 1, at least two of them; got {self.sizes}")
         if len(self.seconds) != len(self.sizes) or not all(s > 0 for s in self.seconds):
             raise InputError(f"seconds must be positive, one per size; got {self.seconds} for sizes {self.sizes}")
 
     def upto(self, width: int) -> "LatencyCurve":
-        """Returns the curve of the sizes up to `width`."""
-        kept = [size for size in self.sizes if size <= width]
-        return LatencyCurve(tuple(kept), self.seconds[: len(kept)])
+        """Returns the curve of the sizes up to `width`, from 2 up; where that lies inside, it ends with it."""
+        if width >= self.sizes[-1]:
+            return self
+        below = [size for size in self.sizes if size < width]
+        last = float(np.interp(width, self.sizes, self.seconds))
+        return LatencyCurve((*below, width), (*self.seconds[: len(below)], last))
 
     def of_batch(self, batch: int) -> np.ndarray:
         """Returns f32[sizes]: seconds for so many rows of each batch row, along the lines between what was measured."""

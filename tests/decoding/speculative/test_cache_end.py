@@ -16,7 +16,7 @@ PROMPTS = [[3 + (7 * i) % 50 for i in range(16)], [11, 5, 2, 40, 9, 33, 21, 17, 
         ("dyspec", {"budget": 2}),
         ("aded", {"width": 2}),
         ("token_recycling", {"latency": LatencyCurve((1, 4), (1.0, 1.0))}),
-        ("token_recycling", {"latency": LatencyCurve((1,), (1.0,))}),
+        ("token_recycling", {"latency": LatencyCurve((1, 4), (1.0, 1.0)), "width": 2}),
     ],
 )
 def test_the_last_tokens_are_those_of_plain_decoding(tiny, method, options):

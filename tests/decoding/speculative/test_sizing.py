@@ -49,11 +49,13 @@ def test_a_curve_is_measured_once_per_model(tiny, tmp_path, monkeypatch):
 def test_larger_batches_cost_what_as_many_rows_cost():
     np.testing.assert_allclose(FAIR.of_batch(1), FAIR.seconds, rtol=1e-6)
     np.testing.assert_allclose(FAIR.of_batch(4), [1.4, 2.1 + 4 * 0.7 / 8, 2.1 + 36 * 0.7 / 8], rtol=1e-6)
-    assert FAIR.upto(11) == LatencyCurve((1, 4), (1.0, 1.4))
+    assert FAIR.upto(8) == LatencyCurve((1, 4, 8), (1.0, 1.4, 1.75)) and FAIR.upto(12) == FAIR.upto(81) == FAIR
+    assert FAIR.upto(4) == LatencyCurve((1, 4), (1.0, 1.4))
 
 
 @pytest.mark.parametrize(
-    ("sizes", "seconds"), [((2, 4), (1.0, 1.0)), ((1, 4, 4), (1.0,) * 3), ((1, 4), (1.0,)), ((1,), (0.0,)), ((), ())]
+    ("sizes", "seconds"),
+    [((2, 4), (1.0, 1.0)), ((1, 4, 4), (1.0,) * 3), ((1, 4), (1.0,)), ((1,), (1.0,)), ((1, 2), (0.0, 1.0))],
 )
 def test_curves_that_cannot_be(sizes, seconds):
     with pytest.raises(InputError, match="sizes must rise|seconds must be"):
@@ -77,7 +79,9 @@ def test_expectations_that_were_too_high_are_lowered():
     assert estimate.honest() == 1
     for accepted in (1, 0, 2, 1):
         estimate = estimate.replace(pending=jnp.float32(2.5)).settled(jnp.int32(accepted))
-    np.testing.assert_allclose(estimate.honest(), (4 + 8) / (10 + 8), rtol=1e-6)
+    ages = 0.99 ** np.arange(4)[::-1]
+    honest = ((ages * [1, 0, 2, 1]).sum() + 8) / ((ages * 2.5).sum() + 8)
+    np.testing.assert_allclose(estimate.honest(), honest, rtol=1e-6)
     assert estimate.pending == 0
     assert estimate.settled(jnp.int32(1000)).honest() == 1, "none is raised"
 
