@@ -14,15 +14,19 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from experiments.runtime import machine
 from experiments.timed import alternate
 from models.errors import InputError
+
+if TYPE_CHECKING:
+    from finetune.packing import Batches
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _RATE = 1e-4
@@ -39,6 +43,7 @@ class TrainBenchConfig:
     rank: int = 8  # of the LoRA on every linear layer; alpha = rank
     steps: int = 3  # updates of a repeat
     repeats: int = 5  # timed repeats, after one that is not counted
+    out: Path = Path("results/train_bench/cpu")  # where the page goes
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.rank, self.steps, self.repeats) < 1 or self.length < 2:
@@ -54,10 +59,16 @@ class Repeat:
     losses: tuple[float, ...]
 
 
-def drawn_tokens(config: TrainBenchConfig, vocab_size: int, step: int) -> np.ndarray:
-    """Returns the tokens of an update, i32[batch_size, length]: the same for both sides."""
-    shape = (config.batch_size, config.length)
-    return np.random.default_rng(step).integers(0, vocab_size, shape, dtype=np.int32)
+def drawn_batches(config: TrainBenchConfig, vocab_size: int) -> "Batches":
+    """Returns the batches of all updates, rows of random tokens that fill their length: the same for both sides."""
+    from finetune.packing import Batches
+    from finetune.rows import Row, stack
+
+    shape = (config.batch_size * config.steps * (config.repeats + 1), config.length)
+    tokens = np.random.default_rng(0).integers(0, vocab_size, shape, dtype=np.int32)
+    targets = [index > 0 for index in range(config.length)]
+    rows = stack([Row(row.tolist(), targets) for row in tokens])
+    return Batches(rows, batch_size=config.batch_size, length=config.length)
 
 
 class Ours:
@@ -68,6 +79,7 @@ class Ours:
         import jax
 
         from experiments.runtime import setup_runtime
+        from experiments.train_report import CompiledStep
         from finetune.adapters import LoraConfig, make_adapter
         from finetune.adapters.adapter import select
         from finetune.objectives import cross_entropy
@@ -75,22 +87,29 @@ class Ours:
         from finetune.state import Constants, adapter_tuning, new_state
         from finetune.trainer import make_train_step
         from models import load_model
+        from models.sharding import MeshConfig, build, make_mesh, place
 
         setup_runtime()
         self.config = config
-        self.model, params, _ = load_model(config.model, "float32")
+        self.mesh = make_mesh(MeshConfig())
+        self.model, params, _ = load_model(config.model, "float32", self.mesh)
         lora = LoraConfig(rank=config.rank)
         adapter = make_adapter(lora)
         frozen, trainable = adapter.init(jax.random.key(0), select(params, lora.targets), None)
         total = config.steps * (config.repeats + 1)
         settings, method = OptimizerConfig(learning_rate=_RATE, schedule="constant", warmup=0), adapter_tuning(adapter)
         optimizer = make_optimizer(settings, total, method)
-        self.step = make_train_step(self.model, cross_entropy(), method, optimizer, learning_rate(settings, total))
-        self.state, self.constants = new_state(trainable, optimizer), Constants(params, frozen, None)
+        schedule = learning_rate(settings, total)
+        self.batches = drawn_batches(config, self.model.config.vocab_size)
+        self.step = CompiledStep(make_train_step(self.model, cross_entropy(), method, optimizer, schedule, self.mesh))
+        with jax.numpy_dtype_promotion("standard"):
+            self.state = build(lambda values: new_state(values, optimizer), place(trainable, self.mesh), mesh=self.mesh)
+        self.constants = Constants(params, place(frozen, self.mesh), None)
         self.about = {"device": jax.devices()[0].device_kind, "backend": jax.default_backend()}
 
     def __call__(self) -> Repeat:
         """Makes the next `steps` updates."""
+        from finetune.distributed import global_batch
         from finetune.trainer import train
 
         losses: list[float] = []
@@ -100,15 +119,11 @@ class Ours:
         def report(step: int, metrics: dict[str, float]) -> None:
             losses.append(metrics["loss"])
 
-        self.state = train(self.step, self.state, self.constants, self._batch, end, report)
+        def batch(step: int) -> Any:
+            return global_batch(self.batches(step), self.mesh)
+
+        self.state = train(self.step, self.state, self.constants, batch, end, report)
         return Repeat(time.perf_counter() - begin, time.thread_time() - host, tuple(losses))
-
-    def _batch(self, step: int) -> Any:
-        from finetune.state import Batch
-
-        tokens = drawn_tokens(self.config, self.model.config.vocab_size, step)[None]
-        places = np.broadcast_to(np.arange(self.config.length, dtype=np.int32), tokens.shape)
-        return Batch(tokens, np.ones(tokens.shape, bool), np.ones(tokens.shape, np.int32), places)
 
 
 class Peft:
@@ -129,7 +144,7 @@ class Peft:
         model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **extra)
         targets = list(_PROJECTIONS)
         lora = peft.LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=targets, task_type="CAUSAL_LM")
-        self.torch, self.config, self.vocab_size = torch, config, model.config.vocab_size
+        self.torch, self.config, self.batches = torch, config, drawn_batches(config, model.config.vocab_size)
         self.model = peft.get_peft_model(model, lora).train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=_RATE, weight_decay=0.0)
@@ -143,7 +158,7 @@ class Peft:
         return Repeat(time.perf_counter() - begin, time.thread_time() - host, tuple(losses))
 
     def _update(self) -> float:
-        ids = self.torch.from_numpy(drawn_tokens(self.config, self.vocab_size, self.made)).long()
+        ids = self.torch.from_numpy(self.batches(self.made).tokens[0]).long()
         self.made += 1
         loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
@@ -287,4 +302,21 @@ def bench_training(config: TrainBenchConfig) -> None:
     if len(sides) > 1:
         first = " and ".join(f"{side.losses[0]:.4f}" for side in sides)
         print(f"{sides[1].about['version']}; losses of the first update: {first}")
-    print(json.dumps({"model": config.model, "device": device, **summarise(config, repeats, peaks)}))
+    result = {"model": config.model, "device": device, **summarise(config, repeats, peaks)}
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "table.md").write_text(page(result), encoding="utf-8")
+    print(json.dumps(result))
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """Returns the figures as Markdown."""
+    size = f"{result['batch_size']} rows of {result['length']} tokens, rank {result['rank']} on every linear layer"
+    lines = [f"# A LoRA update beside torch and PEFT\n\n{result['model']}, float32, {size}. {machine()}\n"]
+    lines.append("| | tokens per second | peak memory, GB |\n| --- | --- | --- |")
+    lines.append(f"| here | {result['tokens_per_second']:.1f} | {result['peak_memory_gb']:.2f} |")
+    if result["speedup_vs_peft"] is not None:
+        lines.append(f"| PEFT | {result['peft_tokens_per_second']:.1f} | {result['peft_peak_memory_gb']:.2f} |")
+        ratios = f"{result['speedup_vs_peft']:.2f} times the speed, {result['peak_memory_ratio']:.2f} times the memory"
+        lines.append(f"\n- Beside PEFT, in turns: {ratios}.")
+    lines.append(f"\n- The host's share of an update: {100 * result['host_share']:.1f}%.")
+    return "\n".join(lines) + "\n"

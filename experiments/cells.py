@@ -192,8 +192,8 @@ def load_cell(path: Path, key: str) -> Cell | None:
     """Returns a kept cell, or None where there is none with this key."""
     kept = read_kept(path, key)
     try:
-        return None if kept is None else Cell(**kept)
-    except TypeError:
+        return Cell(**kept) if kept is not None and kept["plain_tokens"] else None
+    except (TypeError, KeyError):
         return None
 
 

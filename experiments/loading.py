@@ -67,7 +67,9 @@ class Loader:
             options["latency"] = _curve(model, params, context)
         if draft is not None:
             options["draft"], drafts, _ = self.model(draft)
-            params = WithDraft(params, drafts if head is None else _with_head(draft, options["draft"], drafts, head))
+            params = WithDraft(
+                params, drafts if head is None else _with_head(name, draft, options["draft"], drafts, head)
+            )
         stops = tokenizer.stop_ids
         decode_fn = make_decode_fn(model, method, max_new_tokens=max_new_tokens, stop_tokens=stops, **options)
         return decode_fn, params, tokenizer
@@ -80,8 +82,8 @@ def _curve(model: Any, params: Any, context: int) -> Any:
     return latency_curve(model, params, cache_folder() / "latency", context=context)
 
 
-def _with_head(name: str, draft: Any, params: Any, head: Path) -> Any:
+def _with_head(target: str, name: str, draft: Any, params: Any, head: Path) -> Any:
     from decoding import WithHead
     from models.acceptance_head import load_head
 
-    return WithHead(params, *load_head(head, name, draft.config.width))
+    return WithHead(params, *load_head(head, name, draft.config.width, target))

@@ -42,18 +42,14 @@ def read_questions(path: Path, per_task: int | None = None) -> list[Question]:
     """Returns the questions, in the order of `TASKS`; bad lines are named on stderr and left out.
 
     Args:
-        path: the file.
+        path: the file, or the name of a dataset on the hub, owner/name, whose first split is read.
         per_task: how many of each task; evenly spaced over the file's, so that a few stand for all. None: all.
 
     Raises:
         InputError: no such file, or no good line in it.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the questions file {path}: {error}") from error
     questions = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -63,6 +59,21 @@ def read_questions(path: Path, per_task: int | None = None) -> list[Question]:
     if not questions:
         raise InputError(f"{path} has no question: wanted lines with question_id, category and turns (Spec-Bench)")
     return [question for task in TASKS for question in _spaced([q for q in questions if q.task == task], per_task)]
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.exists() and len(path.parts) == 2 and not path.suffix:
+        import datasets
+
+        try:
+            splits = datasets.load_dataset(str(path), streaming=True)
+            return [json.dumps(row) for row in next(iter(splits.values()))]
+        except Exception as error:  # of the hub, the network, the disk and each reader
+            raise InputError(f"there is no file {path}, and the hub gives no such dataset: {error}") from error
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the questions file {path}: {error}") from error
 
 
 def _read(line: str) -> Question:

@@ -96,7 +96,7 @@ class TableConfig:
     model: str = "smollm2-135m-instruct"  # a registry name, a .gguf file, or a model folder
     draft: str | None = None  # the model that drafts, for rows that say so
     dtype: Literal["float32", "bfloat16"] | None = None  # None: as stored (GGUF: float32)
-    questions: Path = Path("configs/prompts/spec_bench.jsonl")  # in Spec-Bench's format
+    questions: Path = Path("configs/prompts/spec_bench.jsonl")  # a file in Spec-Bench's format, or a name on the hub
     generate: tuple[str, ...] = ()  # tasks that code writes (experiments.generated), in place of the questions' file
     rows: tuple[TableRow, ...] = (TableRow(),)
     claims: tuple[Claim, ...] = ()

@@ -5,13 +5,16 @@ Run it after `experiments.reproduce`; what it writes is never edited by hand.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
-from experiments.config import load_config
+from experiments.config import chosen_type, dump_config, load_config
+from experiments.reproduce import TableConfig
 from experiments.runtime import run_main
+from experiments.train_table import TrainTableConfig
 from models.errors import InputError
 
 _HEAD = """# Results
@@ -21,7 +24,10 @@ the saved runs. Both sides of every comparison are of the same run and count tok
 hold here, the line under the table says so: the models are small, the machine is not the paper's, and the columns
 "paper" stand for other models and devices.
 """
-_BENCH = ("speculation_bench", "python -m experiments.bench_speculation --config configs/bench/speculation.yaml")
+_BENCHES = (
+    ("speculation_bench", "python -m experiments.bench_speculation --config configs/bench/speculation.yaml"),
+    ("train_bench", "python -m experiments.bench --config configs/bench/train.yaml"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,22 +47,39 @@ def pages(config: ResultsConfig) -> list[tuple[str, str]]:
         for path in sorted(config.tables.glob("*.yaml"))
     ]
     found = []
-    for table, command in [_BENCH, *commands]:
+    for table, command in [*_BENCHES, *commands]:
         path = config.results / table / config.preset / "table.md"
         if path.is_file():
-            found.append((command + _questions(path.parent, config.tables), path.read_text(encoding="utf-8")))
+            flags = _flags(path.parent / "config.yaml", config.tables / f"{table}.yaml", config.preset)
+            found.append((command + flags, path.read_text(encoding="utf-8")))
     return found
 
 
-def _questions(run: Path, tables: Path) -> str:
-    """Returns the flag of a run whose questions are not the shipped ones; the file by its name alone."""
-    saved = run / "config.yaml"
-    if not saved.is_file():
+def _flags(saved: Path, shipped: Path, preset: str) -> str:
+    """Returns the flags by which a saved run differs from the shipped config; files by their names alone."""
+    if not (saved.is_file() and shipped.is_file()):
         return ""
-    questions = yaml.safe_load(saved.read_text(encoding="utf-8")).get("questions")
-    if questions is None or (tables.parent / "prompts" / Path(questions).name).is_file():
-        return ""
-    return f" --questions {Path(questions).name}"
+    argv = ["--config", str(shipped), "--preset", preset]
+    kind = TrainTableConfig if chosen_type(argv) == "training" else TableConfig
+    then = _flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    now = _flat(yaml.safe_load(dump_config(load_config(kind, argv, prog="", description=""))))
+    changed = {name: value for name, value in then.items() if name != "out" and value != now.get(name)}
+    return "".join(f" --{name} {_shown(value)}" for name, value in changed.items())
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Returns settings by dotted names; lists count as one value."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": value}
+    return flat
+
+
+def _shown(value: Any) -> str:
+    """Returns a value as a flag takes it; of a list of sections only that it is another one."""
+    if isinstance(value, list):
+        return "(another list)" if any(isinstance(item, Mapping) for item in value) else " ".join(map(str, value))
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else str(value)
 
 
 def render(found: list[tuple[str, str]]) -> str:

@@ -97,16 +97,17 @@ def save_head(path: Path, params: Mapping[str, Any], *, draft: str, depth: int, 
             partial.unlink()
 
 
-def load_head(path: Path, draft: str, width: int) -> tuple[dict[str, Any], int]:
+def load_head(path: Path, draft: str, width: int, target: str | None = None) -> tuple[dict[str, Any], int]:
     """Returns a head's parameters and depth.
 
     Args:
         path: a file of `save_head`.
         draft: the name or path of the draft model that is to use it.
         width: D of that model.
+        target: the name or path of the model that it drafts for; None: any.
 
     Raises:
-        InputError: no such file, one that holds no head, or the head of another draft.
+        InputError: no such file, one that holds no head, or the head of another draft or target.
     """
     try:
         with safetensors.safe_open(path, framework="flax") as file:
@@ -124,6 +125,11 @@ def load_head(path: Path, draft: str, width: int) -> tuple[dict[str, Any], int]:
     if facts["draft"] != Path(draft).name:
         raise InputError(
             f"{path} is a head for draft {facts['draft']!r}, not for {Path(draft).name!r}: train one for this draft"
+        )
+    if target is not None and facts.get("target", Path(target).name) != Path(target).name:
+        raise InputError(
+            f"{path} is a head for target {facts['target']!r}, not for {Path(target).name!r}: train one for this "
+            "target, or remove the file"
         )
     depth = int(facts["depth"])
     fresh = jax.eval_shape(AcceptanceHead(depth).init, jax.random.key(0), jax.ShapeDtypeStruct((1, width), jnp.float32))

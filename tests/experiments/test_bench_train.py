@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments import bench, bench_train
-from experiments.bench_train import Repeat, Side, TrainBenchConfig, drawn_tokens, summarise
+from experiments.bench_train import Repeat, Side, TrainBenchConfig, drawn_batches, summarise
 from experiments.runtime import run_main
 from models.errors import InputError
 from tests.support.tiny_folder import write_tiny_folder
@@ -20,6 +20,7 @@ def test_last_line_is_json_with_the_promised_keys(monkeypatch, capsys, tmp_path)
     monkeypatch.setattr(bench_train.importlib.util, "find_spec", lambda name: None)
     model = write_tiny_folder(tmp_path / "tiny")
     sizes = ["--batch_size", "2", "--length", "8", "--rank", "2", "--steps", "2", "--repeats", "2"]
+    sizes += ["--out", str(tmp_path / "page")]
     monkeypatch.setattr(sys, "argv", ["bench", "--type", "train", "--model", str(model), *sizes])
     run_main(bench.main)
     out = capsys.readouterr().out.splitlines()
@@ -27,6 +28,7 @@ def test_last_line_is_json_with_the_promised_keys(monkeypatch, capsys, tmp_path)
     assert result["speedup_vs_peft"] is None and result["peak_memory_ratio"] is None and "parity" in out[0]
     assert result["tokens_per_second"] == pytest.approx(16 / result["step_seconds"])
     assert result["peak_memory_gb"] > 0.01 and 0 < result["host_share"] < 2
+    assert "rank 2 on every linear layer" in (tmp_path / "page" / "table.md").read_text()
     assert out[1].startswith("fleetlm  seconds per update: ") and out[1].count(",") == 1
 
 
@@ -41,8 +43,10 @@ def test_summary_is_the_ratio_of_medians_over_equal_token_counts():
 
 
 def test_both_sides_draw_the_same_tokens_and_new_ones_each_update():
-    first, again, other = (drawn_tokens(CONFIG, 50, step) for step in (0, 0, 1))
-    assert first.shape == (2, 10) and (first == again).all() and (first != other).any()
+    mine, theirs = drawn_batches(CONFIG, 50), drawn_batches(CONFIG, 50)
+    first, again, other = mine(0), theirs(0), mine(1)
+    assert first.tokens.shape == (1, 2, 10) and (first.tokens == again.tokens).all() and first.targets.sum() == 18
+    assert (first.tokens != other.tokens).any() and len(mine) == CONFIG.steps * (CONFIG.repeats + 1)
 
 
 ROOT = Path(__file__).parents[2]
