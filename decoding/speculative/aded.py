@@ -216,6 +216,7 @@ def make_aded(model: Decoder, options: AdedOptions, stop_tokens: tuple[int, ...]
     children = min(NUM_SUCCESSORS, model.config.vocab_size)
     nodes = children + children**2 + children**3
     width = min(options.width, 2 * min(options.sentences, nodes + 1))  # chosen nodes share their prefixes
+    most = min(DEPTH + 2, width)
 
     def init(params: Any, prompts: Prompts, slots: int, call: Call) -> AdedState:
         place = prompts.lengths[:, None] - WINDOW + jnp.arange(WINDOW)[None, :]
@@ -246,9 +247,7 @@ def make_aded(model: Decoder, options: AdedOptions, stop_tokens: tuple[int, ...]
     def cold() -> Trigrams:
         return empty_table(options.slots, model.config.vocab_size)
 
-    drafter = Drafter(
-        width, DEPTH + 2, "node", init, propose, observe, cold, lambda state: state.table, sizes_below(width)
-    )
+    drafter = Drafter(width, most, "node", init, propose, observe, cold, lambda state: state.table, sizes_below(width))
     return make_speculative(model, drafter, stop_tokens)
 
 
