@@ -19,6 +19,7 @@ COLUMNS = {  # measure -> (title, format)
     HELD_OUT: ("held-out cross-entropy", ".4f"),
     "eval/exact_match": ("exact match", ".3f"),
     "size/trainable": ("trained numbers", ",.0f"),
+    "size/moved": ("of them moved by an update, on average", ",.0f"),
     "size/finished": ("of them left at the end", ",.0f"),
     "size/optimizer": ("optimiser's numbers", ",.0f"),
     "size/step_bytes": ("bytes of an update", ",.0f"),

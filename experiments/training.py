@@ -326,9 +326,10 @@ def _about(run: Run) -> str:
 
 
 def _sizes(run: Run, state: TrainState) -> Figures:
-    """Returns how many numbers are trained, are left at the end, and kept by the optimiser, and an update's bytes."""
+    """Returns how many numbers are trained, move per update, are left at the end, the optimiser keeps; its bytes."""
     finished = run.method.finish(run.constants.frozen, state.trainable)[1]
     sizes = {"trainable": count(state.trainable), "finished": count(finished), "optimizer": count(state.opt_state)}
+    sizes["moved"] = run.method.moved(state.trainable, int(state.step)) / int(state.step)
     if run.step.seconds:
         sizes["step_bytes"] = run.step.bytes(run.constants)
     return {f"size/{name}": float(value) for name, value in sizes.items()}

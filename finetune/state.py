@@ -64,6 +64,7 @@ class Method(NamedTuple):
         hook: (optimiser, steps of the run) -> optimiser.
         no_decay: names of trained values that weight decay leaves alone.
         finish: (frozen, trainable) -> the same, after training.
+        moved: (trainable, steps of the run) -> how many numbers its updates move, all of them together.
     """
 
     attach: Callable[[Any, Any, Any], Any]
@@ -71,6 +72,7 @@ class Method(NamedTuple):
     hook: Callable[[optax.GradientTransformation, int], optax.GradientTransformation]
     no_decay: frozenset[str] = frozenset()
     finish: Callable[[Any, Any], tuple[Any, Any]] = lambda frozen, trainable: (frozen, trainable)
+    moved: Callable[[Any, int], int] = lambda trainable, steps: adapters.count(trainable) * steps
 
 
 def full_tuning(dtypes: Any) -> Method:
@@ -79,9 +81,7 @@ def full_tuning(dtypes: Any) -> Method:
     def attach(base, frozen, trainable):
         return jax.tree.map(lambda value, dtype: value.astype(dtype), trainable, dtypes)
 
-    return Method(
-        attach, attach, lambda inner, steps: inner, frozenset(), lambda frozen, trainable: (frozen, trainable)
-    )
+    return Method(attach, attach, lambda inner, steps: inner)
 
 
 def adapter_tuning(adapter: Adapter) -> Method:
@@ -93,7 +93,7 @@ def adapter_tuning(adapter: Adapter) -> Method:
     def merge(base, frozen, trainable):
         return adapters.merge(adapter, base, frozen, trainable)
 
-    return Method(attach, merge, adapter.hook, adapter.no_decay, adapter.finish)
+    return Method(attach, merge, adapter.hook, adapter.no_decay, adapter.finish, adapter.moved)
 
 
 def new_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:

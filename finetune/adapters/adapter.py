@@ -48,6 +48,10 @@ def _no_hook(inner: optax.GradientTransformation, steps: int) -> optax.GradientT
     return inner
 
 
+def _all_move(trainable: Values, steps: int) -> int:
+    return count(trainable) * steps
+
+
 def _same_values(frozen: Values, trainable: Values) -> tuple[Values, Values]:
     return frozen, trainable
 
@@ -65,6 +69,7 @@ class Adapter(NamedTuple):
         hook: (optimiser, steps of the whole run) -> optimiser, for methods that do more than descend.
         finish: (frozen, trainable) -> the same after training, for methods that end smaller than they began; they are
             read by the same `factors`, and a module that they no longer hold is the model's own.
+        moved: (trainable, steps of the whole run) -> how many numbers its updates move, all of them together.
         needs_gradients: whether `init` wants gradients.
         no_decay: names of trained values that weight decay must leave alone.
         together: whether layers of equal shapes go through `factors` in one call under `vmap`, on stacked copies of
@@ -76,6 +81,7 @@ class Adapter(NamedTuple):
     rebase: Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array] = _same_kernel
     hook: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] = _no_hook
     finish: Callable[[Values, Values], tuple[Values, Values]] = _same_values
+    moved: Callable[[Values, int], int] = _all_move
     needs_gradients: bool = False
     no_decay: frozenset[str] = frozenset()
     together: bool = False

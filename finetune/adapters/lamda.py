@@ -98,9 +98,13 @@ def lamda_with_ranks(config: LamdaConfig, ranks: Callable[[Kernels], Mapping[str
     def hook(inner, steps):
         return progressive_freeze(inner, config.freeze_share * steps)
 
+    def moved(trainable, steps):
+        return sum(_moved(values, steps, config.freeze_share * steps) for values in trainable.values())
+
+    adapter = Adapter(init, factors, hook=hook, moved=moved, no_decay=frozenset({"core"}))
     if config.start == "svd":
-        return Adapter(init, factors, rebase=residual, hook=hook, no_decay=frozenset({"core", "b"}))
-    return Adapter(init, factors, hook=hook, no_decay=frozenset({"core"}))
+        return adapter._replace(rebase=residual, no_decay=frozenset({"core", "b"}))
+    return adapter
 
 
 def residual(kernel: jax.Array, frozen: Mapping[str, jax.Array]) -> jax.Array:
@@ -115,6 +119,13 @@ def frozen_after(rank: int, updates: float) -> np.ndarray:
     # A row is due at the first whole t with R t / updates >= i + 1; the small number absorbs the products' rounding.
     due = [(row + 1) * updates / rank - 1e-6 for row in range(rank)]
     return np.asarray([NEVER if at >= NEVER else max(math.ceil(at), 0) for at in due], np.int32)
+
+
+def _moved(values: Mapping[str, jax.Array], steps: int, updates: float) -> int:
+    """Returns how many numbers of one layer `steps` updates move together, the last row of b being frozen then."""
+    rank, width = values["b"].shape
+    rows = np.minimum(frozen_after(rank, updates), steps)
+    return values["core"].size * steps + width * int(rows.sum(dtype=np.int64))
 
 
 class FreezeState(NamedTuple):

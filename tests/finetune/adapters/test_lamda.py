@@ -94,13 +94,15 @@ def test_counts(mode):
 @pytest.mark.parametrize("mode", STARTS)
 def test_rows_stand_still_to_the_bit_once_they_are_frozen(mode):
     """Under AdamW with weight decay: momentum would move a row, decay would shrink it."""
-    _, _, _, values, losses = run(20, start=mode, freeze_share=0.5)
-    due = frozen_after(6, 10)
+    adapter, _, _, values, losses = run(20, start=mode, freeze_share=0.5)
+    due, numbers = frozen_after(6, 10), 0
     for before, after, step in zip(values, values[1:], range(20), strict=False):
         for path in before:
             moved = np.any(before[path]["b"] != after[path]["b"], axis=1)
             assert moved.tolist() == (step < due).tolist()
             assert np.any(before[path]["core"] != after[path]["core"]) or step == 0
+            numbers += before[path]["core"].size + moved.sum() * before[path]["b"].shape[1]
+    assert adapter.moved(values[0], 20) == numbers
     assert losses[-1] < losses[0]
 
 
