@@ -39,6 +39,8 @@ class SpeculativeCarry:
 
 def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, ...]) -> Steps:
     """Returns the steps of a method that drafts with `drafter` and verifies with `model`."""
+    sizes = (*drafter.smaller, drafter.width)
+    finish = functools.partial(verify_step, model, drafter, stop_tokens)
 
     def init(params: Any, prompts: Prompts, cache: KVCache, call: Call) -> SpeculativeCarry:
         read = prompts if call.draft_prompts is None else call.draft_prompts
@@ -57,7 +59,6 @@ def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, .
             drafted=state.stats.drafted + drafted * active, draft_calls=state.stats.draft_calls + draft_calls * active
         )
         state = state.replace(stats=stats, carry=carry.replace(draft=draft))
-        sizes = (*drafter.smaller, drafter.width)
         if len(sizes) == 1:
             return finish(params, state, tree)
         places = jnp.arange(1, drafter.width + 1)[None, :]
@@ -68,31 +69,35 @@ def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, .
             state = _run_if(chosen == index, run, state)
         return state
 
-    def finish(params: Any, state: DecodeState, tree: TokenTree) -> DecodeState:
-        carry = state.carry
-        output = model.apply(
-            {"params": target_params(params)},
-            tree.tokens,
-            positions=state.cache.length[:, None] + tree.depth,
-            cache=state.cache,
-            attend=tree_attend,
-            ctx=TreeRows(tree.ancestors, tree.depth),
-        )
-        target = Target(output.logits, carry.call.sampling, carry.seen, carry.call.keys, state.lengths)
-        verified = verify(drafter.mode, tree, target, drafter.most)
-        after = emit(state, verified.tokens, verified.count, stop_tokens)
-        emitted = after.lengths - state.lengths
-        draft = drafter.observe(_draft_params(params), carry.draft, Seen(tree, output.logits, verified, emitted))
-        accepted = after.stats.accepted + jnp.minimum(emitted, verified.count - 1)
-        kept = jnp.arange(drafter.most)[None, :] < emitted[:, None]
-        seen = carry.seen.at[jnp.arange(len(emitted))[:, None], verified.tokens].max(kept)
-        cache = commit(output.cache, verified.rows, jnp.where(state.done, 0, verified.count))
-        return after.replace(
-            cache=cache, stats=after.stats.replace(accepted=accepted), carry=carry.replace(draft=draft, seen=seen)
-        )
-
     rows = max(drafter.width, drafter.most)  # what is read behind the text, and what `commit` moves there
     return Steps(init, step, rows, drafter.most, drafter.cold, lambda carry: drafter.warm(carry.draft))
+
+
+def verify_step(
+    model: Decoder, drafter: Drafter, stop_tokens: tuple[int, ...], params: Any, state: DecodeState, tree: TokenTree
+) -> DecodeState:
+    """Returns the state after a step: runs the target over the tree, keeps what is verified, tells the drafter."""
+    carry = state.carry
+    output = model.apply(
+        {"params": target_params(params)},
+        tree.tokens,
+        positions=state.cache.length[:, None] + tree.depth,
+        cache=state.cache,
+        attend=tree_attend,
+        ctx=TreeRows(tree.ancestors, tree.depth),
+    )
+    target = Target(output.logits, carry.call.sampling, carry.seen, carry.call.keys, state.lengths)
+    verified = verify(drafter.mode, tree, target, drafter.most)
+    after = emit(state, verified.tokens, verified.count, stop_tokens)
+    emitted = after.lengths - state.lengths
+    draft = drafter.observe(_draft_params(params), carry.draft, Seen(tree, output.logits, verified, emitted))
+    accepted = after.stats.accepted + jnp.minimum(emitted, verified.count - 1)
+    kept = jnp.arange(drafter.most)[None, :] < emitted[:, None]
+    seen = carry.seen.at[jnp.arange(len(emitted))[:, None], verified.tokens].max(kept)
+    cache = commit(output.cache, verified.rows, jnp.where(state.done, 0, verified.count))
+    return after.replace(
+        cache=cache, stats=after.stats.replace(accepted=accepted), carry=carry.replace(draft=draft, seen=seen)
+    )
 
 
 def _run_if(wanted: jax.Array, run: Callable[[DecodeState], DecodeState], state: DecodeState) -> DecodeState:
