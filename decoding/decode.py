@@ -323,15 +323,19 @@ def make_decode_fn(
         raise InputError(f"cache_slots must be at least 1, got {cache_slots}")
     if not isinstance(stop_tokens, Sequence):
         raise InputError(f"stop_tokens must be a list of token ids, got {stop_tokens!r}")
+    stops = tuple(sorted({whole_number("an id in stop_tokens", token) for token in stop_tokens}))
+    plan = Plan(model, method, _read_options(method, options), max_new_tokens, stops, cache_slots)
+    plan.steps()  # refuses options that do not fit the model
+    return DecodeFn(plan)
+
+
+def _read_options(method: str, options: dict[str, Any]) -> Any:
+    """Returns the method's own options; raises InputError where one is unknown or cannot be."""
     known = [field.name for field in dataclasses.fields(METHODS[method].options)]
     for name in options:
         if name not in known:
             raise unknown_name(f"option of method {method!r}", name, known)
-    stops = tuple(sorted({whole_number("an id in stop_tokens", token) for token in stop_tokens}))
     try:
-        chosen = METHODS[method].options(**options)
+        return METHODS[method].options(**options)
     except TypeError as error:
         raise InputError(f"an option of method {method!r} has the wrong type: {error}; got {options!r:.200}") from error
-    plan = Plan(model, method, chosen, max_new_tokens, stops, cache_slots)
-    plan.steps()  # refuses options that do not fit the model
-    return DecodeFn(plan)

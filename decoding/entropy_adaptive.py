@@ -147,6 +147,20 @@ def read_text(
     return logits, cache, passes
 
 
+def with_writer(carry: EntropyCarry, lengths: jax.Array, options: EntropyAdaptiveOptions) -> EntropyCarry:
+    """Returns the carry with the model that writes the next token of each row; `lengths` i32[B] tokens are new."""
+    if options.random_share is None:
+        filled = jnp.clip(lengths, 1, options.window).astype(jnp.float32)
+        due = (carry.since >= options.dwell) & (lengths > 0)
+        called = carry.entropies.sum(axis=1) / filled >= options.threshold
+    else:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(step_keys(carry.sample.keys, lengths), _SWITCH)
+        due = lengths % options.dwell == 0
+        called = jax.vmap(jax.random.uniform)(keys) < options.random_share
+    large = jnp.where(due, called, carry.large)
+    return carry.replace(large=large, since=jnp.where(large != carry.large, 0, carry.since))
+
+
 def make_entropy_adaptive(model: Decoder, options: EntropyAdaptiveOptions, stop_tokens: tuple[int, ...]) -> Steps:
     """Lets `options.draft`, the small model, and `model`, the large one, take turns."""
     small_model = check_draft(model, options.draft, "entropy_adaptive")
@@ -154,33 +168,11 @@ def make_entropy_adaptive(model: Decoder, options: EntropyAdaptiveOptions, stop_
     def init(params: WithDraft, prompts: Prompts, cache: KVCache, call: Call) -> EntropyCarry:
         if call.draft_prompts is not None:
             raise InputError("both models of 'entropy_adaptive' write one text: leave out draft_prompts")
-        batch = len(prompts.lengths)
-        last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
-        sample = SampleCarry(call.sampling, call.keys, prompt_tokens(prompts, model.config.vocab_size))
-        return EntropyCarry(
-            small=prefill(small_model, params.draft, prompts, cache.num_slots),
-            prompt=last,
-            offset=prompts.lengths - 1,
-            large=jnp.full((batch,), options.start == "large"),
-            since=jnp.zeros((batch,), jnp.int32),
-            entropies=jnp.zeros((batch, options.window), jnp.float32),
-            sample=sample,
-        )
-
-    def next_model(carry: EntropyCarry, lengths: jax.Array) -> EntropyCarry:
-        if options.random_share is None:
-            filled = jnp.clip(lengths, 1, options.window).astype(jnp.float32)
-            due = (carry.since >= options.dwell) & (lengths > 0)
-            called = carry.entropies.sum(axis=1) / filled >= options.threshold
-        else:
-            keys = jax.vmap(jax.random.fold_in, (0, None))(step_keys(carry.sample.keys, lengths), _SWITCH)
-            due = lengths % options.dwell == 0
-            called = jax.vmap(jax.random.uniform)(keys) < options.random_share
-        large = jnp.where(due, called, carry.large)
-        return carry.replace(large=large, since=jnp.where(large != carry.large, 0, carry.since))
+        small = prefill(small_model, params.draft, prompts, cache.num_slots)
+        return _first_carry(small, prompts, call, model.config.vocab_size, options)
 
     def step(params: WithDraft, state: DecodeState) -> DecodeState:
-        carry = next_model(state.carry, state.lengths)
+        carry = with_writer(state.carry, state.lengths, options)
         newest = carry.offset + state.lengths
         text = _by_position(carry, state.tokens, state.cache.num_slots)
         by_large = carry.large & ~state.done
@@ -203,6 +195,21 @@ def make_entropy_adaptive(model: Decoder, options: EntropyAdaptiveOptions, stop_
         return after.replace(stats=stats)
 
     return Steps(init, step, rows=CATCH_UP)
+
+
+def _first_carry(
+    small: KVCache, prompts: Prompts, call: Call, vocab_size: int, options: EntropyAdaptiveOptions
+) -> EntropyCarry:
+    batch = len(prompts.lengths)
+    return EntropyCarry(
+        small=small,
+        prompt=jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0],
+        offset=prompts.lengths - 1,
+        large=jnp.full((batch,), options.start == "large"),
+        since=jnp.zeros((batch,), jnp.int32),
+        entropies=jnp.zeros((batch, options.window), jnp.float32),
+        sample=SampleCarry(call.sampling, call.keys, prompt_tokens(prompts, vocab_size)),
+    )
 
 
 def _by_position(carry: EntropyCarry, tokens: jax.Array, slots: int) -> jax.Array:

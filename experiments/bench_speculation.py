@@ -5,8 +5,9 @@
                   verification, the cache's commit, the table's update; as a share of the step
     batched       new tokens per second of 8 prompts of different lengths in one batch, over those of the same prompts
                   one after another
-    log_prob      the mean log-probability, under the model itself, of sampled tokens: plain and by speculation, and
-                  the difference in standard errors (both sides sample with their own seeds)
+    log_prob      the mean log-probability, under the model itself, of sampled tokens: plain, by Token Recycling (node
+                  sampling), and by RSD-C (recursive rejection; the model drafts, its weights rounded to 8 bits), and
+                  the difference in standard errors (each samples with its own seeds)
 
 The last line printed is one JSON object; the same figures go to a page that `experiments.results` takes up.
 """
@@ -103,22 +104,29 @@ def _slots(config: SpeculationBenchConfig, prompts: Sequence[list[int]]) -> int:
     return max(map(len, prompts)) + config.max_new_tokens + config.width
 
 
-def log_prob(model: Any, params: Any, prompts: Sequence[list[int]], new_tokens: int) -> dict[str, float]:
-    """Returns the mean log-probability per sampled token, plain and speculative, and their distance in standard errors.
+def log_prob(
+    model: Any, params: Any, draft_params: Any, prompts: Sequence[list[int]], new_tokens: int
+) -> dict[str, dict[str, float]]:
+    """Returns {method: mean log-probability per sampled token, and its distance from `sample`'s in standard errors}.
 
     A row is one observation: tokens of a row depend on each other.
     """
-    from decoding import make_decode_fn
+    from decoding import WithDraft, make_decode_fn
 
-    means = {}
-    for name, method, seed in (("plain", "sample", 1), ("speculative", "token_recycling", 2)):
-        options = {"width": 8} if method == "token_recycling" else {}
+    methods = {
+        "sample": (params, {}),
+        "token_recycling": (params, {"width": 8}),
+        "rsd_c": (WithDraft(params, draft_params), {"draft": model, "children": (2, 1)}),
+    }
+    found: dict[str, dict[str, float]] = {}
+    for seed, (method, (given, options)) in enumerate(methods.items(), 1):
         fn = make_decode_fn(model, method, max_new_tokens=new_tokens, **options)
-        tokens = np.asarray(fn(params, prompts, seed, temperature=1.0).tokens)
-        means[name] = _mean_log_probs(model, params, prompts, tokens)
-    errors = [np.var(rows, ddof=1) / len(rows) for rows in means.values()]
-    distance = (means["speculative"].mean() - means["plain"].mean()) / np.sqrt(sum(errors))
-    return {**{name: float(rows.mean()) for name, rows in means.items()}, "standard_errors": float(distance)}
+        rows = _mean_log_probs(model, params, prompts, np.asarray(fn(given, prompts, seed, temperature=1.0).tokens))
+        mean, variance = float(rows.mean()), float(np.var(rows, ddof=1) / len(rows))
+        plain = found.get("sample", {"mean": mean, "variance": variance})
+        distance = (mean - plain["mean"]) / (variance + plain["variance"]) ** 0.5
+        found[method] = {"mean": mean, "variance": variance, "standard_errors": distance}
+    return found
 
 
 def _mean_log_probs(model: Any, params: Any, prompts: Sequence[list[int]], tokens: np.ndarray) -> np.ndarray:
@@ -148,6 +156,10 @@ def page(config: SpeculationBenchConfig, figures: dict[str, Any]) -> str:
     """Returns the figures as Markdown."""
     cost = " | ".join(f"{figures['verify_cost'][rows]:.2f}" for rows in ROWS)
     log = figures["log_prob"]
+    speculative = ", ".join(
+        f"{log[name]['mean']:.3f} by {title} ({log[name]['standard_errors']:+.1f} standard errors)"
+        for name, title in (("token_recycling", "Token Recycling"), ("rsd_c", "RSD-C"))
+    )
     return (
         f"# What speculation costs\n\n{Path(config.model).name}, float32. {machine()}\n\n"
         f"| rows of a target pass | {' | '.join(map(str, ROWS))} |\n|{' --- |' * (len(ROWS) + 1)}\n"
@@ -155,8 +167,7 @@ def page(config: SpeculationBenchConfig, figures: dict[str, Any]) -> str:
         f"- A step over 16 rows spends {100 * figures['overhead']:.1f}% on everything but the target's pass.\n"
         f"- {config.batch} prompts of different lengths in one batch: {figures['batched']:.2f} times the tokens per "
         f"second of the same prompts one after another (Token Recycling, {config.width} rows).\n"
-        f"- Sampled tokens' mean log-probability: plain {log['plain']:.3f}, by speculation {log['speculative']:.3f}; "
-        f"the difference is {log['standard_errors']:.1f} standard errors.\n"
+        f"- Sampled tokens' mean log-probability: plain {log['sample']['mean']:.3f}; {speculative}.\n"
     )
 
 
@@ -167,7 +178,9 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(SpeculationBenchConfig, argv, prog=prog, description=(__doc__ or "").split("\n")[0])
     questions = read_questions(config.questions)
     setup_runtime()
-    model, params, tokenizer = Loader("float32").model(config.model)
+    loader = Loader("float32")
+    model, params, tokenizer = loader.model(config.model)
+    drafts = loader.model(loader.rounded(config.model))[1]
     spaced = [questions[i * len(questions) // config.batch] for i in range(config.batch)]
     prompts = [tokenizer.encode_chat(question.turns[0]) for question in spaced]
     middle = sorted(prompts, key=len)[len(prompts) // 2]
@@ -176,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         "verify_cost": verify_cost(model, params, 256),
         "overhead": overhead(model, params, middle, config.max_new_tokens, config.repeats),
         "batched": batched(model, params, prompts, config),
-        "log_prob": log_prob(model, params, shortest * 4, config.max_new_tokens),
+        "log_prob": log_prob(model, params, drafts, shortest * 4, config.max_new_tokens),
     }
     text = page(config, figures)
     config.out.mkdir(parents=True, exist_ok=True)

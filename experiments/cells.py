@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from experiments.corpus import learnt_table
 from experiments.generated import is_correct
 from experiments.kept import keep, partial, read_kept
+from experiments.loading import Loader
 from experiments.questions import Question
 from experiments.runtime import machine
 from experiments.timed import TimedDecode
@@ -135,6 +137,11 @@ class Row:
         """Takes up what was learned at the end of a kept cell."""
         cold = self.decode_fn.plan.steps().cold()
         self.warm = None if cold is None else load_warm(path, cold)
+
+    def learn(self, loader: Loader, name: str, questions: Sequence[Question]) -> None:
+        """Starts from the model's replies to these questions, in place of a cold table."""
+        plan = self.decode_fn.plan
+        self.warm = learnt_table(loader, name, questions, plan.room, plan.options.slots)
 
     def measure(self, key: str, questions: Sequence[Question], seed: int) -> Cell:
         """Decodes every turn of every question, each turn behind the ones before it."""

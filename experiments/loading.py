@@ -32,6 +32,18 @@ class Loader:
         model, params, tokenizer = self.model(name)
         self._models[name] = model, with_adapter(adapter, name, params), tokenizer
 
+    def rounded(self, name: str) -> str:
+        """Returns the name of a copy of a model whose weights are rounded to 8 bits: a draft that is often right."""
+        import jax
+        import jax.numpy as jnp
+
+        copy = f"{name}, rounded"
+        if copy not in self._models:
+            model, params, tokenizer = self.model(name)
+            params = jax.tree.map(lambda x: x.astype(jnp.float8_e4m3fn).astype(x.dtype), params)
+            self._models[copy] = model, params, tokenizer
+        return copy
+
     def decode_fn(
         self,
         name: str,

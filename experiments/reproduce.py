@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from experiments.cells import Cell, Retrieval, Row, load_cell, longest_prompt, save_cell
 from experiments.config import chosen_type, load_config, save_config
+from experiments.corpus import spare_questions, stamp
 from experiments.decode import SamplingSettings
 from experiments.generated import generate
 from experiments.kept import cell_key, locked
@@ -44,8 +45,13 @@ class TableRow:
     head: Path | None = None  # the draft's acceptance head, for methods that use one
     train: Path | None = None  # the config that trains the head where it does not exist yet
     paper: str = ""  # what the paper reports, in words and figures
+    # Questions of the file, of those that no cell asks, whose replies by the target an ADED table starts from. Not in
+    # the repr, and so in no cell's key: `measure` puts the questions themselves there.
+    corpus: int = dataclasses.field(default=0, repr=False)
 
     def __post_init__(self) -> None:
+        if self.corpus < 0 or (self.corpus and self.method != "aded"):
+            raise ValueError(f"row {self.name!r}: corpus is a number of questions, and only for aded")
         if self.head is not None and not self.draft:
             raise ValueError(f"row {self.name!r} has a head, which belongs to a draft: set draft to true")
 
@@ -134,21 +140,15 @@ class TableConfig:
 
 def measure(config: TableConfig, questions: dict[str, list[Question]]) -> dict[tuple[str, str], Cell]:
     """Returns {(row, task): cell}, measuring what is not yet kept in the config's folder."""
-    runs = config.folder / "runs"
     cells: dict[tuple[str, str], Cell] = {}
     rows: dict[str, Row] = {}
-    loader = Loader(config.dtype)
     kept_at: dict[str, Path] = {}
-    # A warm method's cell stands on those before it, and one with a head on the head.
-    history: dict[str, str] = {row.name: head_stamp(row.head) for row in config.chosen}
+    loader = Loader(config.dtype)
+    asked = [question for some in questions.values() for question in some]
+    corpora = {row.name: _corpus(config, row, asked) for row in config.chosen}
+    keys = _keys(config, questions, corpora)
     plan = [(task, row) for task in questions for row in config.chosen]
-    keys: dict[tuple[str, str], str] = {}
-    for task, row in plan:
-        key = cell_key(
-            config.model, config.draft, config.dtype, config.seed, config.size.max_new_tokens, row, questions[task]
-        )
-        history[row.name] = keys[row.name, task] = cell_key(key, history[row.name])
-    paths = {(row.name, task): runs / f"{task}--{row.name}.json" for task, row in plan}
+    paths = {(row.name, task): config.folder / "runs" / f"{task}--{row.name}.json" for task, row in plan}
     found = {place: load_cell(path, keys[place]) for place, path in paths.items()}
     for done, (task, row) in enumerate(plan):
         cell, path = found[row.name, task], paths[row.name, task]
@@ -156,9 +156,11 @@ def measure(config: TableConfig, questions: dict[str, list[Question]]) -> dict[t
             cell = None  # what is measured now is compared with plain decoding of now
         kept = cell is not None
         if row.name not in rows and not kept:
-            rows[row.name] = _row(config, row, loader, [q for asked in questions.values() for q in asked])
+            rows[row.name] = _row(config, row, loader, asked)
             if row.name in kept_at:
                 rows[row.name].take_warm(kept_at[row.name])
+            elif row.corpus:
+                rows[row.name].learn(loader, config.model, corpora[row.name])
         if cell is None:
             cell = rows[row.name].measure(keys[row.name, task], questions[task], config.seed)
             cell = cell.beside(cells.get(("plain", task), cell))
@@ -169,11 +171,32 @@ def measure(config: TableConfig, questions: dict[str, list[Question]]) -> dict[t
                 rows[row.name].take_warm(path)
         cells[row.name, task] = cell
         print(
-            f"{done + 1:>3}/{len(questions) * len(config.chosen)} {task:<14} {row.name:<24} MAT {cell.mat:.2f}  "
+            f"{done + 1:>3}/{len(plan)} {task:<14} {row.name:<24} MAT {cell.mat:.2f}  "
             f"{cell.tokens_per_second:6.1f} tokens/s{'  (kept)' if kept else ''}",
             flush=True,
         )
     return cells
+
+
+def _keys(
+    config: TableConfig, questions: dict[str, list[Question]], corpora: dict[str, list[Question]]
+) -> dict[tuple[str, str], str]:
+    """Returns the fingerprint of every cell (row, task). A warm method's cell stands on those before it, and one with a
+    head or a corpus on that.
+    """
+    keys: dict[tuple[str, str], str] = {}
+    for row in config.chosen:
+        history = head_stamp(row.head) + (stamp(corpora[row.name]) if row.corpus else "")
+        for task, asked in questions.items():
+            size = config.size.max_new_tokens
+            key = cell_key(config.model, config.draft, config.dtype, config.seed, size, row, asked)
+            history = keys[row.name, task] = cell_key(key, history)
+    return keys
+
+
+def _corpus(config: TableConfig, row: TableRow, asked: Sequence[Question]) -> list[Question]:
+    """Returns the questions whose replies the row starts from."""
+    return spare_questions(config.questions, {question.id for question in asked}, row.corpus) if row.corpus else []
 
 
 def _row(config: TableConfig, row: TableRow, loader: Loader, questions: Sequence[Question]) -> Row:

@@ -87,28 +87,26 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(error) from error
 
-    def facts(self, step: int | None = None) -> dict[str, Any]:
-        """Returns the facts of a checkpoint; None: of the newest."""
-        step = self.latest() if step is None else step
-        return dict(self._read(step, facts=ocp.args.JsonRestore()).facts)
+    def facts(self) -> dict[str, Any]:
+        """Returns the facts of the newest checkpoint."""
+        return dict(self._read(facts=ocp.args.JsonRestore()).facts)
 
-    def restore(self, state: TrainState, frozen: Any, step: int | None = None) -> Restored:
-        """Reads a checkpoint.
+    def restore(self, state: TrainState, frozen: Any) -> Restored:
+        """Reads the newest checkpoint.
 
         Args:
             state: what it must fit, with the shardings to restore into: arrays or `jax.ShapeDtypeStruct`s.
             frozen: likewise.
-            step: which; None: the newest.
 
         Raises:
             InputError: there is none, it is damaged, or it does not fit.
         """
-        step = self.latest() if step is None else step
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"state": state, "frozen": frozen})
-        read = self._read(step, tree=ocp.args.StandardRestore(target), facts=ocp.args.JsonRestore())
+        read = self._read(tree=ocp.args.StandardRestore(target), facts=ocp.args.JsonRestore())
         return Restored(read.tree["state"], read.tree["frozen"], dict(read.facts))
 
-    def _read(self, step: int | None, **args: Any) -> Any:
+    def _read(self, **args: Any) -> Any:
+        step = self.latest()
         if step is None:
             raise InputError(f"there is no checkpoint in {self.folder}")
         try:

@@ -53,10 +53,10 @@ class RunLog:
             self._board.close()
             self._bar.close()
 
-    def text(self, tag: str, text: str, step: int = 0) -> None:
+    def text(self, tag: str, text: str) -> None:
         """Shows a text on the board, as it is."""
         if self._active:
-            self._board.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), step)
+            self._board.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), 0)
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
         """Logs figures by their tags ("train/loss"); raises InputError where they cannot be written (a full disk)."""

@@ -102,11 +102,6 @@ def commit(cache: KVCache, rows: jax.Array | None, count: jax.Array) -> KVCache:
     return cache.replace(length=cache.length + count)
 
 
-def crop(cache: KVCache, length: jax.Array) -> KVCache:
-    """Forgets everything from `length` (i32[B]) on; a row that is shorter already stays as it is."""
-    return cache.replace(length=jnp.minimum(cache.length, length))
-
-
 def _write(buffer: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:
     """buffer [B, K, S, Dh], values [B, T, K, Dh], start i32[B]."""
     heads = buffer.shape[1]

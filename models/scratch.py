@@ -2,9 +2,6 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
-
 from models.config import AttentionConfig, BlockConfig, DecoderConfig, MLPConfig, NormConfig, RopeConfig
 from models.decoder import Decoder
 from models.errors import InputError
@@ -50,8 +47,3 @@ def scratch_model(config: ScratchConfig, vocab_size: int) -> Decoder:
             "llama", vocab_size, config.width, (block,) * config.layers, config.max_length, norm, tied_embeddings=True
         )
     )
-
-
-def initial_params(model: Decoder, seed: int) -> dict:
-    """Returns random float32 parameters; kernels and embeddings are normal with standard deviation 0.02."""
-    return jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]

@@ -40,15 +40,15 @@ class Seen:
     """What a drafter may learn from a step.
 
     Attributes:
-        tree: what it proposed, as far as the target read it: all of it, or the first of its rows (`Drafter.smaller`).
-        logits: f32[B, W, V], the target's logits behind each of these rows, accepted or not.
+        tree: what it proposed.
+        digest: what `Drafter.digest` made of the target's logits; zeros for rows that the target did not read.
         verified: what was kept.
         emitted: i32[B], tokens that were added to the output: `verified.tokens` up to here. Fewer than were verified
             where a row ended, 0 for rows that are done.
     """
 
     tree: TokenTree
-    logits: jax.Array
+    digest: Any
     verified: Verified
     emitted: jax.Array
 
@@ -76,6 +76,8 @@ class Drafter(NamedTuple):
         warm: state -> its part that stays warm.
         smaller: rising numbers of rows below W. Where the live rows of all trees fit one of them, the target runs over
             so many rows only; live rows come first then. Each is compiled.
+        digest: f32[B, X, V] -> arrays [B, X, ...]: what `observe` is to know of the target's logits behind the first X
+            rows, accepted or not; by default nothing.
     """
 
     width: int
@@ -87,3 +89,4 @@ class Drafter(NamedTuple):
     cold: Callable[[], Any] = lambda: None
     warm: Callable[[Any], Any] = lambda state: None
     smaller: tuple[int, ...] = ()
+    digest: Callable[[jax.Array], Any] = lambda logits: None

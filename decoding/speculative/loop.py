@@ -17,7 +17,7 @@ from decoding.method import Call, Steps, WithDraft, target_params
 from decoding.prefill import Prompts, prompt_tokens
 from decoding.sampling import step_keys
 from decoding.speculative.drafter import Drafter, Round, Seen
-from decoding.speculative.target import Target
+from decoding.speculative.target import Target, Verified
 from decoding.speculative.tree import TokenTree
 from decoding.speculative.verify import verify
 from decoding.state import DecodeState, emit
@@ -39,12 +39,15 @@ class SpeculativeCarry:
 
 def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, ...]) -> Steps:
     """Returns the steps of a method that drafts with `drafter` and verifies with `model`."""
+    sizes = (*drafter.smaller, drafter.width)
+    finish = functools.partial(verify_step, model, drafter, stop_tokens)
 
     def init(params: Any, prompts: Prompts, cache: KVCache, call: Call) -> SpeculativeCarry:
         read = prompts if call.draft_prompts is None else call.draft_prompts
         slots = cache.num_slots - prompts.tokens.shape[1] + read.tokens.shape[1]
         seen = prompt_tokens(prompts, model.config.vocab_size)
-        return SpeculativeCarry(drafter.init(params, read, slots, call), call, seen)
+        draft = drafter.init(params, read, slots, call)
+        return SpeculativeCarry(draft, call.replace(warm=None, draft_prompts=None), seen)
 
     def step(params: Any, state: DecodeState) -> DecodeState:
         carry = state.carry
@@ -56,48 +59,79 @@ def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, .
         stats = state.stats.replace(
             drafted=state.stats.drafted + drafted * active, draft_calls=state.stats.draft_calls + draft_calls * active
         )
-        state = state.replace(stats=stats, carry=carry.replace(draft=draft))
-        sizes = (*drafter.smaller, drafter.width)
+        state = state.replace(stats=stats, carry=carry.replace(draft=None))  # loops copy what they write to
         if len(sizes) == 1:
-            return finish(params, state, tree)
-        places = jnp.arange(1, drafter.width + 1)[None, :]
-        needed = jnp.where((tree.parent >= 0) & ~state.done[:, None], places, 1).max()
-        chosen = jnp.searchsorted(jnp.asarray(sizes), needed)
-        for index, size in enumerate(sizes):
-            run = functools.partial(finish, params, tree=tree.first(size))
-            state = _run_if(chosen == index, run, state)
-        return state
-
-    def finish(params: Any, state: DecodeState, tree: TokenTree) -> DecodeState:
-        carry = state.carry
-        output = model.apply(
-            {"params": target_params(params)},
-            tree.tokens,
-            positions=state.cache.length[:, None] + tree.depth,
-            cache=state.cache,
-            attend=tree_attend,
-            ctx=TreeRows(tree.ancestors, tree.depth),
-        )
-        target = Target(output.logits, carry.call.sampling, carry.seen, carry.call.keys, state.lengths)
-        verified = verify(drafter.mode, tree, target, drafter.most)
-        after = emit(state, verified.tokens, verified.count, stop_tokens)
-        emitted = after.lengths - state.lengths
-        draft = drafter.observe(_draft_params(params), carry.draft, Seen(tree, output.logits, verified, emitted))
-        accepted = after.stats.accepted + jnp.minimum(emitted, verified.count - 1)
-        kept = jnp.arange(drafter.most)[None, :] < emitted[:, None]
-        seen = carry.seen.at[jnp.arange(len(emitted))[:, None], verified.tokens].max(kept)
-        cache = commit(output.cache, verified.rows, jnp.where(state.done, 0, verified.count))
-        return after.replace(
-            cache=cache, stats=after.stats.replace(accepted=accepted), carry=carry.replace(draft=draft, seen=seen)
-        )
+            state, found = finish(params, state, tree)
+        else:
+            places = jnp.arange(1, drafter.width + 1)[None, :]
+            needed = jnp.where((tree.parent >= 0) & ~state.done[:, None], places, 1).max()
+            chosen = jnp.searchsorted(jnp.asarray(sizes), needed)
+            found = _nothing(drafter, carry.seen.shape)
+            for index, size in enumerate(sizes):
+                run = functools.partial(finish, params, tree=tree.first(size))
+                state, found = _run_if(chosen == index, run, state, found)
+        draft = drafter.observe(_draft_params(params), draft, Seen(tree, found.digest, found.verified, found.emitted))
+        return state.replace(carry=state.carry.replace(draft=draft))
 
     rows = max(drafter.width, drafter.most)  # what is read behind the text, and what `commit` moves there
     return Steps(init, step, rows, drafter.most, drafter.cold, lambda carry: drafter.warm(carry.draft))
 
 
-def _run_if(wanted: jax.Array, run: Callable[[DecodeState], DecodeState], state: DecodeState) -> DecodeState:
-    """Returns run(state) where wanted (bool[]), else the state: a loop of one turn, since `lax.cond` copies caches."""
-    return jax.lax.while_loop(lambda carry: carry[0], lambda carry: (~wanted, run(carry[1])), (wanted, state))[1]
+@struct.dataclass
+class Found:
+    """What a target pass says: the verified path, i32[B] tokens that it adds, the drafter's digest of the logits."""
+
+    verified: Verified
+    emitted: jax.Array
+    digest: Any
+
+
+def verify_step(
+    model: Decoder, drafter: Drafter, stop_tokens: tuple[int, ...], params: Any, state: DecodeState, tree: TokenTree
+) -> tuple[DecodeState, Found]:
+    """Runs the target over a tree (or the first rows of it) and keeps what is verified; the drafter is not asked."""
+    carry = state.carry
+    output = model.apply(
+        {"params": target_params(params)},
+        tree.tokens,
+        positions=state.cache.length[:, None] + tree.depth,
+        cache=state.cache,
+        attend=tree_attend,
+        ctx=TreeRows(tree.ancestors, tree.depth),
+    )
+    target = Target(output.logits, carry.call.sampling, carry.seen, carry.call.keys, state.lengths)
+    verified = verify(drafter.mode, tree, target, drafter.most)
+    after = emit(state, verified.tokens, verified.count, stop_tokens)
+    emitted = after.lengths - state.lengths
+    accepted = after.stats.accepted + jnp.minimum(emitted, verified.count - 1)
+    kept = jnp.arange(drafter.most)[None, :] < emitted[:, None]
+    seen = carry.seen.at[jnp.arange(len(emitted))[:, None], verified.tokens].max(kept)
+    cache = commit(output.cache, verified.rows, jnp.where(state.done, 0, verified.count))
+    unread = drafter.width - tree.tokens.shape[1]
+    digest = jax.tree.map(
+        lambda x: jnp.pad(x, ((0, 0), (0, unread), *((0, 0) for _ in x.shape[2:]))), drafter.digest(output.logits)
+    )
+    after = after.replace(cache=cache, stats=after.stats.replace(accepted=accepted), carry=carry.replace(seen=seen))
+    return after, Found(verified, emitted, digest)
+
+
+def _nothing(drafter: Drafter, shape: tuple[int, int]) -> Found:
+    """Returns zeros in the form of what a pass says; `shape` is (B, V)."""
+    batch, vocab = shape
+    digest = jax.eval_shape(drafter.digest, jax.ShapeDtypeStruct((batch, drafter.width, vocab), jnp.float32))
+    path, count = jnp.zeros((batch, drafter.most), jnp.int32), jnp.zeros((batch,), jnp.int32)
+    return Found(Verified(path, path, count), count, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), digest))
+
+
+def _run_if(
+    wanted: jax.Array, run: Callable[[DecodeState], tuple[DecodeState, Found]], state: DecodeState, found: Found
+) -> tuple[DecodeState, Found]:
+    """Returns run(state) where wanted (bool[]), else both as they are: a loop of one turn, since `lax.cond` copies
+    caches.
+    """
+    return jax.lax.while_loop(lambda carry: carry[0], lambda carry: (~wanted, *run(carry[1])), (wanted, state, found))[
+        1:
+    ]
 
 
 def _draft_params(params: Any) -> Any:

@@ -125,20 +125,27 @@ def sized(template: Template, memory: Memory, curve: LatencyCurve, round_: Round
     return tree, memory.replace(estimate=memory.estimate.replace(pending=pending))
 
 
-def recycle(memory: Memory, tokens: jax.Array, logits: jax.Array, real: jax.Array) -> Memory:
-    """Returns the memory with each row of `tokens` (i32[N]) set to the top k of its logits f32[N, V].
+def successors(logits: jax.Array, count: int, with_chances: bool) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the `count` likeliest tokens behind logits f32[..., V], and their chances where these are wanted."""
+    best = top_tokens(logits, count)
+    if not with_chances:
+        return best, None
+    kept = jnp.take_along_axis(logits, best, axis=-1)
+    return best, jnp.exp(kept - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
 
-    Where a token occurs more than once its last real row wins; rows that are not `real` (bool[N]) write nothing.
+
+def recycle(memory: Memory, tokens: jax.Array, noted: tuple[jax.Array, jax.Array | None], real: jax.Array) -> Memory:
+    """Returns the memory with each row of `tokens` (i32[B, X]) set to its successors [B, X, k], as `successors` gives.
+
+    Where a token occurs more than once its last real row wins; rows that are not `real` (bool[B, X]) write nothing.
     """
-    table, chances = memory.table, memory.chances
+    tokens, real = tokens.reshape(-1), real.reshape(-1)
+    best, law = jax.tree.map(lambda x: x.reshape(len(tokens), -1), noted)
     rows = jnp.arange(len(tokens))
-    last = jnp.full(table.shape[:1], -1).at[tokens].max(jnp.where(real, rows, -1))
-    target = jnp.where(last[tokens] == rows, tokens, len(table))
-    best = top_tokens(logits, table.shape[1])
-    if chances is not None:
-        law = jnp.exp(jnp.take_along_axis(logits, best, axis=1) - jax.nn.logsumexp(logits, axis=1, keepdims=True))
-        chances = chances.at[target].set(law, mode="drop")
-    return memory.replace(table=table.at[target].set(best, mode="drop"), chances=chances)
+    last = jnp.full(memory.table.shape[:1], -1).at[tokens].max(jnp.where(real, rows, -1))
+    target = jnp.where(last[tokens] == rows, tokens, len(memory.table))
+    chances = None if law is None else memory.chances.at[target].set(law, mode="drop")
+    return memory.replace(table=memory.table.at[target].set(best, mode="drop"), chances=chances)
 
 
 def learned(memory: Memory, seen: Seen) -> Estimate:
@@ -165,7 +172,8 @@ def recycle_prompts(model: Decoder, params: Any, prompts: Prompts, memory: Memor
         tokens = jax.lax.dynamic_slice_in_dim(prompts.tokens, index * piece, piece, axis=1)
         output = model.apply({"params": params}, tokens, cache=cache)
         real = cache.length[:, None] + jnp.arange(piece)[None, :] < prompts.lengths[:, None]
-        memory = recycle(memory, tokens.reshape(-1), output.logits.reshape(batch * piece, -1), real.reshape(-1))
+        noted = successors(output.logits, memory.table.shape[1], memory.chances is not None)
+        memory = recycle(memory, tokens, noted, real)
         return memory, commit(output.cache, None, jnp.full((batch,), piece))
 
     return jax.lax.fori_loop(0, width // piece, read, (memory, cache))[0]
@@ -173,17 +181,17 @@ def recycle_prompts(model: Decoder, params: Any, prompts: Prompts, memory: Memor
 
 def make_token_recycling(model: Decoder, options: TokenRecyclingOptions, stop_tokens: tuple[int, ...]) -> Steps:
     """Drafts with the table; `Call.warm` is the table to start from."""
-    successors = min(NUM_SUCCESSORS, model.config.vocab_size)
-    paths = [path for path in paper_template().paths if all(rank < successors for rank in path)]
+    kept = min(NUM_SUCCESSORS, model.config.vocab_size)
+    paths = [path for path in paper_template().paths if all(rank < kept for rank in path)]
     template = Template(tuple(paths)).prefix(options.width)
 
     curve = options.latency and options.latency.upto(template.width)
     sizes = curve.sizes if curve else (template.width,)
 
     def cold() -> Memory:
-        shape = model.config.vocab_size, successors
+        shape = model.config.vocab_size, kept
         table = np.zeros(shape, np.int32)
-        return Memory(table, np.zeros(shape, np.float32), no_estimate((successors, _BINS))) if curve else Memory(table)
+        return Memory(table, np.zeros(shape, np.float32), no_estimate((kept, _BINS))) if curve else Memory(table)
 
     def init(params: Any, prompts: Prompts, slots: int, call: Call) -> Memory:
         return recycle_prompts(model, params, prompts, call.warm) if options.recycle_prompt else call.warm
@@ -201,12 +209,13 @@ def make_token_recycling(model: Decoder, options: TokenRecyclingOptions, stop_to
             memory = memory.replace(estimate=learned(memory, seen))
         live = seen.tree.parent >= 0
         real = (seen.emitted > 0)[:, None] & live.at[:, 0].set(True)
-        real = jnp.broadcast_to(real, seen.tree.tokens.shape)
-        vocab = seen.logits.shape[-1]
-        return recycle(memory, seen.tree.tokens.reshape(-1), seen.logits.reshape(-1, vocab), real.reshape(-1))
+        return recycle(memory, seen.tree.tokens, seen.digest, jnp.broadcast_to(real, seen.tree.tokens.shape))
+
+    def digest(logits: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        return successors(logits, kept, curve is not None)
 
     most = template.max_depth + 1
-    drafter = Drafter(sizes[-1], most, "node", init, propose, observe, cold, lambda memory: memory, sizes[:-1])
+    drafter = Drafter(sizes[-1], most, "node", init, propose, observe, cold, lambda memory: memory, sizes[:-1], digest)
     return make_speculative(model, drafter, stop_tokens)
 
 

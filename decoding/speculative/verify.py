@@ -94,11 +94,6 @@ def _recursive(mode: Mode, tree: TokenTree, target: Target, most: int) -> Verifi
     index = jnp.arange(batch)
     keys = step_keys(target.keys, target.lengths)
 
-    def law_of_children(row):
-        if mode == "point":
-            return jnp.ones((batch, target.logits.shape[-1]), jnp.float32)  # each child is its own law
-        return tree.law_behind(row)
-
     def trial(i, carry, tried):
         row, r, q, rows, count = carry
         token = tree.tokens[:, i]
@@ -106,18 +101,15 @@ def _recursive(mode: Mode, tree: TokenTree, target: Target, most: int) -> Verifi
         q_token = q[index, token]
         accepted = tried & (uniform * q_token < r[index, token]) & (q_token > 0)
         rejected = tried & ~accepted & (q_token > 0)
-        without = q.at[index, token].set(0.0)
-        left = r.at[index, token].set(0.0) if mode == "point" else jnp.maximum(r - q, 0.0)
-        r = jnp.where(rejected[:, None], normalised(left, r), r)
-        if mode == "rrs_wor":
-            q = jnp.where(rejected[:, None], normalised(without, without), q)
+        left, without = _rejected(mode, r, q, token)
+        r, q = jnp.where(rejected[:, None], left, r), jnp.where(rejected[:, None], without, q)
         row = jnp.where(accepted, i, row)
         rows = jnp.where(accepted[:, None] & (jnp.arange(most)[None, :] == count[:, None]), i, rows)
         r, q = jax.lax.cond(
             accepted.any(),
             lambda: (
                 jnp.where(accepted[:, None], target.law(tree, row), r),
-                jnp.where(accepted[:, None], law_of_children(row), q),
+                jnp.where(accepted[:, None], _law_of_children(mode, tree, row, q), q),
             ),
             lambda: (r, q),
         )
@@ -128,7 +120,23 @@ def _recursive(mode: Mode, tree: TokenTree, target: Target, most: int) -> Verifi
         return jax.lax.cond(tried.any(), lambda: trial(i, carry, tried), lambda: carry), None
 
     root = jnp.zeros((batch,), jnp.int32)
-    start = (root, target.law(tree, root), law_of_children(root), jnp.zeros((batch, most), jnp.int32), root + 1)
+    p = target.law(tree, root)
+    start = (root, p, _law_of_children(mode, tree, root, p), jnp.zeros((batch, most), jnp.int32), root + 1)
     (_, r, _, rows, count), _ = jax.lax.scan(step, start, jnp.arange(1, width))
     last = draw(jnp.log(r), jax.vmap(jax.random.fold_in, (0, None))(keys, 0))
     return kept(tree, rows, count, last)
+
+
+def _law_of_children(mode: Mode, tree: TokenTree, row: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns f32[B, V]: the law that the first child of each row was drawn from."""
+    return jnp.ones_like(like) if mode == "point" else tree.law_behind(row)  # `point`: each child is its own law
+
+
+def _rejected(mode: Mode, r: jax.Array, q: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the residual r, and the next sibling's law q, where `token` i32[B] was rejected; f32[B, V] both."""
+    index = jnp.arange(len(token))
+    left = r.at[index, token].set(0.0) if mode == "point" else jnp.maximum(r - q, 0.0)
+    if mode == "rrs_wor":
+        without = q.at[index, token].set(0.0)
+        q = normalised(without, without)
+    return normalised(left, r), q

@@ -23,12 +23,11 @@ from tests.support.decode_reference import (
     PROMPTS,
     ROOM,
     chi_squared_p,
-    filtered,
-    forward,
+    exact_pairs_behind,
     greedy_texts,
+    noisy,
     row_seeds,
     small_law_model,
-    softmax,
     texts,
 )
 
@@ -67,11 +66,8 @@ def made(name: str, model, params, room: int, **more):
         return make_decode_fn(model, name, max_new_tokens=room, **options), params
     draft = Decoder(dataclasses.replace(model.config, blocks=model.config.blocks[:1]))
     first = {name: part for name, part in params.items() if name in ("layers_0", *SHARED)}
-    leaves, structure = jax.tree.flatten(first)
-    keys = jax.random.split(jax.random.key(5), len(leaves))
-    off = [x + 0.1 * jnp.std(x) * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
     fn = make_decode_fn(model, name, max_new_tokens=room, draft=draft, **options)
-    drafts = jax.tree.unflatten(structure, off)
+    drafts = noisy(first, 0.1)
     if METHODS[name].head:  # whose word is as good as any, and changes from token to token
         head = AcceptanceHead().init(jax.random.key(3), jnp.zeros((1, model.config.width)))["params"]
         drafts = WithHead(drafts, jax.tree.map(lambda x: 9.0 * x, head))
@@ -146,21 +142,6 @@ def test_counts_fit_together(tiny, name):
     assert (stats.accepted <= stats.drafted).all() and (stats.emitted <= stats.accepted + stats.target_calls).all()
 
 
-def exact_law(settings: dict) -> np.ndarray:
-    """Returns f64[V * V]: the probability of each pair of first two tokens, from whole forward passes."""
-    model, params = small_law_model()
-    vocab = model.config.vocab_size
-
-    def law(tokens: list[int]) -> np.ndarray:
-        logits = np.asarray(forward(model, params, np.array([tokens], np.int32)))[0, -1]
-        scores, close = filtered(logits, set(tokens), **settings)
-        assert not close, "a token lies too close to a limit: choose other settings"
-        return softmax(scores)
-
-    first = law(PROMPT)
-    return np.concatenate([first[token] * law([*PROMPT, token]) for token in range(vocab)])
-
-
 def pairs(name: str, settings: dict, seed: int = 0) -> np.ndarray:
     """Returns i[N]: first token * V + second token of many rows with keys of their own."""
     model, params = small_law_model()
@@ -172,7 +153,7 @@ def pairs(name: str, settings: dict, seed: int = 0) -> np.ndarray:
 
 
 def test_the_law_is_worth_testing():
-    plain, some = exact_law(LAWS["plain"]), exact_law(LAWS["filtered"])
+    plain, some = (exact_pairs_behind(PROMPT, settings) for settings in LAWS.values())
     assert (plain > 0).all() and (plain > 0.01).sum() > 8 and plain.max() < 0.5
     assert 4 < (some > 0).sum() < 16, "top-k alone keeps 16 pairs: top-p and min-p must cut too"
     second = plain.reshape(5, 5) / plain.reshape(5, 5).sum(axis=1, keepdims=True)
@@ -182,12 +163,12 @@ def test_the_law_is_worth_testing():
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("name", lawful())
 def test_methods_that_sample_follow_the_law(name, law):
-    assert chi_squared_p(pairs(name, LAWS[law]), exact_law(LAWS[law])) > 1e-3
+    assert chi_squared_p(pairs(name, LAWS[law]), exact_pairs_behind(PROMPT, LAWS[law])) > 1e-3
 
 
 @pytest.mark.parametrize("name", lawful())
 def test_the_test_of_the_law_sees_a_wrong_temperature(name):
-    assert chi_squared_p(pairs(name, {"temperature": 1.1}), exact_law({})) < 1e-6
+    assert chi_squared_p(pairs(name, {"temperature": 1.1}), exact_pairs_behind(PROMPT, {})) < 1e-6
 
 
 def make_broken(model, options, stop_tokens) -> Steps:
@@ -205,6 +186,6 @@ def make_broken(model, options, stop_tokens) -> Steps:
 
 def test_the_test_of_the_law_sees_noise_that_is_used_twice(monkeypatch):
     monkeypatch.setitem(METHODS, "broken", SAMPLE._replace(make=make_broken, options=NoOptions))
-    tokens, law = pairs("broken", {}), exact_law({})
+    tokens, law = pairs("broken", {}), exact_pairs_behind(PROMPT, {})
     assert chi_squared_p(tokens // 5, law.reshape(5, 5).sum(axis=1)) > 1e-3, "the first token alone is right"
     assert chi_squared_p(tokens, law) < 1e-6

@@ -22,7 +22,9 @@ def test_last_line_and_page(monkeypatch, capsys, tmp_path):
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["verify_cost"]["1"] == 1 and set(figures["verify_cost"]) == {"1", "4", "8", "16"}
     assert figures["overhead"] < 1 and figures["batched"] > 0
-    assert abs(figures["log_prob"]["standard_errors"]) < 5 and figures["log_prob"]["plain"] < 0
+    assert set(figures["log_prob"]) == {"sample", "token_recycling", "rsd_c"}
+    for found in figures["log_prob"].values():
+        assert abs(found["standard_errors"]) < 5 and found["mean"] < 0 < found["variance"]
     page = (tmp_path / "out" / "table.md").read_text()
     assert f"{figures['batched']:.2f} times" in page and "| 1.00 |" in page
 

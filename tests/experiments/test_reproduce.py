@@ -4,6 +4,7 @@ import csv
 import json
 import re
 
+import numpy as np
 import pytest
 from filelock import FileLock
 
@@ -105,6 +106,36 @@ def test_an_interrupted_run_goes_on(table, capsys, monkeypatch):
     assert resumed["steps"] == whole["steps"], "the table that the first cell left was taken up again"
 
 
+CORPUS = """
+table: corpus
+rows:
+  - {name: plain}
+  - {name: cold, method: aded, options: &small {slots: 4096, iterations: 5, sentences: 4}}
+  - {name: warm, method: aded, options: *small, corpus: 2}
+presets:
+  smoke: {per_task: 1, max_new_tokens: 12, tasks: [qa]}
+"""
+
+
+def test_a_row_can_start_from_replies_to_what_is_not_asked(table, tmp_path, capsys):
+    run, out = table
+    (tmp_path / "table.yaml").write_text(CORPUS)
+    with pytest.raises(InputError, match="every question of .* is asked"):
+        run("--presets.smoke.tasks", "qa", "multi-turn")
+    run()
+    shown = capsys.readouterr().out
+    assert re.search(r"^\d+ tokens in 1 replies", shown, re.MULTILINE), "one question is asked, one is left"
+    figures = {row: json.loads((out / "runs" / f"qa--{row}.json").read_text()) for row in ("plain", "cold", "warm")}
+    assert figures["plain"]["tokens"] == figures["cold"]["tokens"] == figures["warm"]["tokens"]
+    tables = {row: np.load(out / "runs" / f"qa--{row}.npz") for row in ("cold", "warm")}
+    known = {row: int((table[table.files[0]][:, 0] >= 0).sum()) for row, table in tables.items()}
+    assert known["warm"] > known["cold"], "pairs that only the other question's reply has"
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(questions.read_text().replace("hello", "good day"))
+    run()
+    assert kept(capsys) == [False, True, False], "another corpus is another measurement"
+
+
 GENERATED = """
 table: generated
 generate: [words, needle]
@@ -164,6 +195,7 @@ def test_tables_that_cannot_be(table, tmp_path):
         ("presets: {smoke: {rows: [fast]}}", "must choose among the rows"),
         ("rows: [{name: plain}, {name: b, method: rsd_c, draft: true}]", "name it in draft"),
         ("rows: [{name: plain}, {name: b, metod: rsd_c}]", "method"),
+        ("rows: [{name: plain}, {name: b, method: prompt_lookup, corpus: 3}]", "only for aded"),
     ):
         (tmp_path / "table.yaml").write_text(text)
         with pytest.raises(InputError, match=message):

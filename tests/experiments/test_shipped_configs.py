@@ -10,6 +10,7 @@ from decoding.speculative.sizing import LatencyCurve
 from experiments.bench import BenchConfig
 from experiments.bench_speculation import SpeculationBenchConfig
 from experiments.bench_train import TrainBenchConfig
+from experiments.check_exact import ExactCheckConfig
 from experiments.config import dump_config, load_config
 from experiments.decode import DecodeConfig
 from experiments.loading import MEASURED
@@ -23,6 +24,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 KINDS = {
     "decode": DecodeConfig,
     "bench/decode": BenchConfig,
+    "bench/exact": ExactCheckConfig,
     "bench/train": TrainBenchConfig,
     "bench/speculation": SpeculationBenchConfig,
     "tables": TableConfig,
@@ -60,6 +62,8 @@ def chosen(config):
     """Yields (method, options, whether a draft model is named) of a config."""
     if isinstance(config, DecodeConfig):
         yield config.method, config.options, config.draft is not None
+    elif isinstance(config, ExactCheckConfig):
+        yield from ((checked.method, checked.options, METHODS[checked.method].drafts) for checked in config.methods)
     elif isinstance(config, TableConfig):
         yield from ((row.method, row.options, row.draft and config.draft is not None) for row in config.rows)
 
@@ -84,3 +88,11 @@ def test_every_method_has_a_config():
     shipped = {load_config(DecodeConfig, ["--config", str(file)], prog="test", description="").method
                for file in FILES if file.parent.name == "decode"}  # fmt: skip
     assert shipped | {"sample"} == set(METHODS)
+
+
+def test_every_exact_method_is_checked_on_a_real_model():
+    config = load_config(
+        ExactCheckConfig, ["--config", str(CONFIGS / "bench" / "exact.yaml")], prog="test", description=""
+    )
+    checked = {method.method for method in config.methods}
+    assert checked >= {name for name, method in METHODS.items() if method.label == "exact"} - {"greedy"}

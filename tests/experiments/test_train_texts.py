@@ -3,6 +3,8 @@
 import csv
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments import reproduce, train_texts
@@ -11,7 +13,7 @@ from experiments.train_texts import Continuations, TextMeasure, TextRow
 from finetune.data import StoriesData
 from finetune.stories import story_tokenizer
 from models.errors import InputError
-from models.scratch import ScratchConfig, initial_params, scratch_model
+from models.scratch import ScratchConfig, scratch_model
 
 TABLE = """
 type: training
@@ -82,7 +84,7 @@ def test_greedy_texts_are_those_of_the_model(tmp_path):
     tokenizer = story_tokenizer()
     shape = ScratchConfig(layers=1, width=16, heads=2, kv_heads=1, mlp_width=24, max_length=64, tokenizer="stories")
     model = scratch_model(shape, tokenizer.vocab_size)
-    loaded = model, initial_params(model, 0), tokenizer
+    loaded = model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"], tokenizer
     data = StoriesData(size=3, test_size=2, words=20)
     measure = TextMeasure(Continuations(4, 12), data, 20, 5, lambda name: loaded, tmp_path)
     figures = measure(TextRow(), 0, "")

@@ -1,4 +1,4 @@
-"""The cache as a value: what append, commit and crop do to each row of a ragged batch, and to a whole model's cache."""
+"""The cache as a value: what append and commit do to each row of a ragged batch, and to a whole model's cache."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from models.attention import TreeRows, dense_attend, tree_attend
-from models.cache import LayerCache, append, commit, crop, init_cache
+from models.cache import LayerCache, append, commit, init_cache
 from models.config import AttentionConfig
 
 LAYERS = (AttentionConfig(4, 2, 4), AttentionConfig(4, 1, 6))
@@ -93,13 +93,6 @@ def test_commit_reads_before_it_writes():
     """Kept rows may overlap the slots they move to, in any order."""
     out = commit(filled((1,)), i32([3, 0, 1, 2]), i32(4))
     np.testing.assert_array_equal(slots(out.k[0])[0, :5], [0, 4, 1, 2, 3])
-
-
-def test_crop_never_lengthens():
-    cache = filled((2, 0, 5))
-    out = crop(cache, i32(4, 4, 4))
-    np.testing.assert_array_equal(out.length, (2, 0, 4))
-    assert out.k is cache.k and out.v is cache.v
 
 
 # A tree of depth 3: 0 -> 1, 2;  1 -> 3, 4;  2 -> 5;  4 -> 6.

@@ -155,3 +155,25 @@ def small_law_model() -> tuple[Decoder, Any]:
     model = Decoder(DecoderConfig("llama", vocab_size=5, width=8, blocks=(block,), max_length=64))
     params = jax.jit(model.init)(jax.random.key(2), jnp.zeros((1, 1), jnp.int32))["params"]
     return model, jax.tree.map(lambda x: x * 25.0 if x.ndim == 2 else x, params)
+
+
+def exact_pairs_behind(prompt: Sequence[int], settings: dict[str, float]) -> np.ndarray:
+    """Returns f64[V * V]: the probability of each pair of first two tokens of `small_law_model`, by whole passes."""
+    model, params = small_law_model()
+
+    def law(tokens: list[int]) -> np.ndarray:
+        logits = np.asarray(forward(model, params, np.array([tokens], np.int32)))[0, -1]
+        scores, close = filtered(logits, set(tokens), **settings)
+        assert not close, "a token lies too close to a limit: choose other settings"
+        return softmax(scores)
+
+    first = law([*prompt])
+    return np.concatenate([first[token] * law([*prompt, token]) for token in range(model.config.vocab_size)])
+
+
+def noisy(params: Any, scale: float, seed: int = 5) -> Any:
+    """Returns parameters with noise of `scale` times each array's own deviation: a draft that is often right."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    off = [x + scale * jnp.std(x) * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, off)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from decoding import WithDraft, make_decode_fn
-from decoding.speculative import rapid
+from decoding.decode import decode
+from decoding.speculative import rapid, speculative_sampling
+from decoding.speculative.draft_model import draw_next
 from decoding.speculative.rapid import RapidOptions, rule, tilted
 from decoding.speculative.tree import TokenTree, chain
 from models.errors import InputError
@@ -19,6 +21,7 @@ from tests.support.decode_reference import (
     filtered,
     forward,
     greedy_texts,
+    noisy,
     small_law_model,
     softmax,
     texts,
@@ -191,17 +194,11 @@ def test_the_tilted_law_is_a_law_and_leaves_the_drafts_tail_alone():
     np.testing.assert_array_equal(tilted(scores, q, 0.0, ALPHA), scores)
 
 
-def off(params, scale: float):
-    """Returns parameters with noise on them."""
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(3), len(leaves))
-    noisy = [x + scale * jnp.std(x) * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, noisy)
-
-
-def test_models_with_two_prompts_follow_the_enumerated_law():
+@pytest.mark.parametrize("mode", MODES)
+def test_models_with_two_prompts_follow_the_enumerated_law(monkeypatch, mode):
+    """Whole decoding; `bug` states other laws than the chain was drawn from."""
     model, params = small_law_model()
-    other, vocab, whole, short = off(params, 0.3), model.config.vocab_size, [2, 0, 3], [1, 3]
+    other, vocab, whole, short = noisy(params, 0.3, 3), model.config.vocab_size, [2, 0, 3], [1, 3]
 
     def law(params, tokens: list[int]) -> np.ndarray:
         return softmax(np.float64(forward(model, params, np.array([tokens], np.int32))[0, -1]))
@@ -213,12 +210,22 @@ def test_models_with_two_prompts_follow_the_enumerated_law():
         )
         return np.concatenate([first[token] * then[token] for token in range(vocab)])
 
-    fn = make_decode_fn(model, "rapid", max_new_tokens=2, draft=model, length=2, eta=ETA)
-    both = WithDraft(params, other)
-    tokens = np.asarray(fn(both, [whole] * DRAWS, draft_prompts=[short] * DRAWS, temperature=1.0).tokens)
-    drawn = tokens[:, 0] * vocab + tokens[:, 1]
-    assert chi_squared_p(drawn, pairs("rapid")) > 1e-3
-    assert chi_squared_p(drawn, pairs("sd")) < 1e-6, "not the target's"
+    def drawn() -> np.ndarray:
+        fn = make_decode_fn(model, "rapid", max_new_tokens=2, draft=model, length=2, eta=ETA, mode=mode)
+        inputs = fn.inputs([whole] * DRAWS, draft_prompts=[short] * DRAWS, temperature=1.0)
+        tokens = np.asarray(jax.jit(functools.partial(decode, fn.plan))(WithDraft(params, other), *inputs).tokens)
+        return tokens[:, 0] * vocab + tokens[:, 1]
+
+    tokens = drawn()
+    for kept in MODES:
+        assert (chi_squared_p(tokens, pairs(kept)) > 1e-3) == (kept == mode), "each mode has a law of its own"
+
+    def bug(*arguments):
+        token, law = draw_next(*arguments)
+        return token, jnp.sqrt(law) / jnp.sqrt(law).sum(axis=-1, keepdims=True)
+
+    monkeypatch.setattr(speculative_sampling, "draw_next", bug)
+    assert chi_squared_p(drawn(), pairs(mode)) < 1e-6
 
 
 def rapid_fn(model, **options):
@@ -242,7 +249,7 @@ def test_a_draft_that_reads_less_changes_greedy_text_where_the_target_leans_on_i
 
 def test_without_a_tilt_it_is_speculative_sampling():
     model, params = small_law_model()
-    both, prompts = WithDraft(params, off(params, 0.3)), [[2, 0, 3], [1], [4, 4], [0, 3, 1, 2]] * 8
+    both, prompts = WithDraft(params, noisy(params, 0.3, 3)), [[2, 0, 3], [1], [4, 4], [0, 3, 1, 2]] * 8
     warm = {"temperature": [0.0, 0.5, 0.9, 1.3] * 8, "repetition_penalty": 1.2}
     plain = make_decode_fn(model, "speculative_sampling", max_new_tokens=ROOM, draft=model, length=3)
     expected, output = plain(both, prompts, 3, **warm), rapid_fn(model, eta=0.0)(both, prompts, 3, **warm)

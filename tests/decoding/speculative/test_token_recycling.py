@@ -13,6 +13,7 @@ from decoding.speculative.token_recycling import (
     paper_template,
     recycle,
     recycle_prompts,
+    successors,
 )
 from decoding.speculative.tree import chain
 from models.errors import InputError
@@ -58,7 +59,9 @@ def test_recycle_keeps_the_last_real_row_of_each_token(vocab):
         slow = table.copy()
         for row in np.flatnonzero(real):
             slow[tokens[row]] = best[row]
-        new = recycle(Memory(jnp.asarray(table)), *(jnp.asarray(x) for x in (tokens, logits, real))).table
+        batch = (jnp.asarray(x).reshape(3, 10, *x.shape[1:]) for x in (tokens, logits, real))
+        tokens_of, logits_of, real_of = batch
+        new = recycle(Memory(jnp.asarray(table)), tokens_of, successors(logits_of, 8, False), real_of).table
         assert new.dtype == jnp.int32
         np.testing.assert_array_equal(new, slow)
 

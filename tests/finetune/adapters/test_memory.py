@@ -13,7 +13,7 @@ from finetune.objectives import cross_entropy
 from finetune.optimizers import OptimizerConfig, learning_rate, make_optimizer
 from finetune.state import Batch, Constants, adapter_tuning, full_tuning, new_state
 from finetune.trainer import make_train_step
-from models.scratch import ScratchConfig, initial_params, scratch_model
+from models.scratch import ScratchConfig, scratch_model
 
 RANK = 16
 CONFIGS = {
@@ -28,7 +28,7 @@ CONFIGS = {
 def update_of(name: str) -> tuple[int, int, int]:
     """Returns (bytes of a compiled update but for the constants, trained numbers, numbers of the optimiser)."""
     model = scratch_model(ScratchConfig(layers=2, width=256, mlp_width=768, max_length=64), 128)
-    params = initial_params(model, 0)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     if CONFIGS[name] is None:
         method, base, frozen, trainable = full_tuning(jax.tree.map(lambda x: x.dtype, params)), {}, {}, params
     else:
