@@ -21,6 +21,8 @@ from decoding.arguments import read_keys, read_limit, read_sampling, whole_numbe
 from decoding.entropy_adaptive import ENTROPY_ADAPTIVE
 from decoding.method import Call, Method, Steps, WithDraft, target_params
 from decoding.prefill import Prompts, pad_prompts, prefill
+from decoding.sparse.streaming import STREAMING
+from decoding.sparse.tidal import TIDAL
 from decoding.speculative.aded import ADED
 from decoding.speculative.dyspec import DYSPEC
 from decoding.speculative.prompt_lookup import PROMPT_LOOKUP
@@ -46,6 +48,8 @@ METHODS: dict[str, Method] = {
     "rsd_s": RSD_S,
     "specdec_pp": SPECDEC_PP,
     "speculative_sampling": SPECULATIVE_SAMPLING,
+    "streaming": STREAMING,
+    "tidal": TIDAL,
     "token_recycling": TOKEN_RECYCLING,
 }
 

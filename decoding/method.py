@@ -9,6 +9,7 @@ from flax import struct
 from decoding.prefill import Prompts
 from decoding.sampling import Sampling
 from decoding.state import DecodeState
+from models.attention import Attend, dense_attend
 from models.cache import KVCache
 from models.decoder import Decoder
 
@@ -43,6 +44,19 @@ class WithDraft:
 def target_params(params: Any) -> Any:
     """Returns the target's own parameters."""
     return params.target if isinstance(params, WithDraft) else params
+
+
+class Policy(NamedTuple):
+    """How the target attends while it decodes; prompts are read with dense attention.
+
+    Attributes:
+        attend: reads `models.attention.TreeRows`. What it leaves in their `memory` after the last layer is what the
+            first layer of the next step finds there.
+        init: cache -> that memory before the first step, with the prompts read.
+    """
+
+    attend: Attend = dense_attend
+    init: Callable[[KVCache], Any] = lambda cache: None
 
 
 class Steps(NamedTuple):

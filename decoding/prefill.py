@@ -83,21 +83,33 @@ def prefill(model: Decoder, params: Any, prompts: Prompts, num_slots: int) -> KV
 
     The last token stays out, like the newest token in every later step: the first step of decoding reads it.
     """
-    batch, width = prompts.tokens.shape
+    batch = len(prompts.lengths)
     dtype = params["embedding"]["embedding"].dtype
     cache = init_cache([block.attention for block in model.config.blocks], batch, num_slots, dtype)
-    if width <= CHUNK:
-        cache = _fill(model, params, prompts.tokens, cache)
-    else:
-        num_chunks = (prompts.lengths.max() - 1 + CHUNK - 1) // CHUNK
+    cache = read_tokens(model, params, prompts.tokens, cache, prompts.lengths.max() - 1)
+    return commit(cache, None, prompts.lengths - 1)
 
-        def fill_chunk(index, cache):
-            start = index * CHUNK
-            tokens = jax.lax.dynamic_slice_in_dim(prompts.tokens, start, CHUNK, axis=1)
-            return _fill(model, params, tokens, cache.replace(length=jnp.full((batch,), start)))
 
-        cache = jax.lax.fori_loop(0, num_chunks, fill_chunk, cache)
-    return commit(cache.replace(length=jnp.zeros((batch,), jnp.int32)), None, prompts.lengths - 1)
+def read_tokens(model: Decoder, params: Any, tokens: jax.Array, cache: KVCache, longest: jax.Array | int) -> KVCache:
+    """Writes the keys and values of tokens behind each row's length, with dense attention; the lengths stay.
+
+    Args:
+        model: the network.
+        params: its parameters.
+        tokens: i32[B, P]; P is at most `CHUNK`, or a multiple of it.
+        cache: the cache before them.
+        longest: i32[], how many of the P tokens are wanted, from the first on.
+    """
+    if tokens.shape[1] <= CHUNK:
+        return _fill(model, params, tokens, cache)
+    num_chunks = (longest + CHUNK - 1) // CHUNK
+    length = cache.length
+
+    def fill_chunk(index, cache):
+        chunk = jax.lax.dynamic_slice_in_dim(tokens, index * CHUNK, CHUNK, axis=1)
+        return _fill(model, params, chunk, cache.replace(length=length + index * CHUNK))
+
+    return jax.lax.fori_loop(0, num_chunks, fill_chunk, cache).replace(length=length)
 
 
 def _fill(model: Decoder, params: Any, tokens: jax.Array, cache: KVCache) -> KVCache:

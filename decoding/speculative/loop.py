@@ -6,7 +6,6 @@ batch accepts its own number of tokens; no row waits for another.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from decoding.speculative.drafter import Drafter, Round, Seen
 from decoding.speculative.target import Target
 from decoding.speculative.tree import TokenTree
 from decoding.speculative.verify import verify
-from decoding.state import DecodeState, emit
+from decoding.state import DecodeState, emit, run_if
 from models.attention import TreeRows, tree_attend
 from models.cache import KVCache, commit
 from models.decoder import Decoder
@@ -65,7 +64,7 @@ def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, .
         chosen = jnp.searchsorted(jnp.asarray(sizes), needed)
         for index, size in enumerate(sizes):
             run = functools.partial(finish, params, tree=tree.first(size))
-            state = _run_if(chosen == index, run, state)
+            state = run_if(chosen == index, run, state)
         return state
 
     def finish(params: Any, state: DecodeState, tree: TokenTree) -> DecodeState:
@@ -93,11 +92,6 @@ def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, .
 
     rows = max(drafter.width, drafter.most)  # what is read behind the text, and what `commit` moves there
     return Steps(init, step, rows, drafter.most, drafter.cold, lambda carry: drafter.warm(carry.draft))
-
-
-def _run_if(wanted: jax.Array, run: Callable[[DecodeState], DecodeState], state: DecodeState) -> DecodeState:
-    """Returns run(state) where wanted (bool[]), else the state: a loop of one turn, since `lax.cond` copies caches."""
-    return jax.lax.while_loop(lambda carry: carry[0], lambda carry: (~wanted, run(carry[1])), (wanted, state))[1]
 
 
 def _draft_params(params: Any) -> Any:

@@ -34,7 +34,7 @@ from tests.support.decode_reference import (
 
 DRAWS = 40_000
 PROMPT = [2, 0, 3]
-SMALL = {  # options of methods that take long to compile
+SMALL = {  # options of methods that take long to compile, or that would read all of a short text
     "aded": {"slots": 256, "iterations": 20, "sentences": 6},
     "dyspec": {"budget": 5, "frontier": 3, "depth": 3},
     "rapid": {"length": 3},
@@ -42,6 +42,8 @@ SMALL = {  # options of methods that take long to compile
     "rsd_s": {"beams": 3, "depth": 2},
     "specdec_pp": {"longest": 3},
     "speculative_sampling": {"length": 3},
+    "streaming": {"sink": 2, "local": 4},
+    "tidal": {"budget": 4, "select": (0,), "correct_every": 5},
     "token_recycling": {"width": 20},
 }
 SHARED = ("embedding", "final_norm", "unembedding")
