@@ -21,6 +21,7 @@ from decoding.arguments import read_keys, read_limit, read_sampling, whole_numbe
 from decoding.entropy_adaptive import ENTROPY_ADAPTIVE
 from decoding.method import Call, Method, Steps, WithDraft, target_params
 from decoding.prefill import Prompts, pad_prompts, prefill
+from decoding.sparse.lserve import LSERVE
 from decoding.sparse.streaming import STREAMING
 from decoding.sparse.tidal import TIDAL
 from decoding.speculative.aded import ADED
@@ -42,6 +43,7 @@ METHODS: dict[str, Method] = {
     "aded": ADED,
     "dyspec": DYSPEC,
     "entropy_adaptive": ENTROPY_ADAPTIVE,
+    "lserve": LSERVE,
     "prompt_lookup": PROMPT_LOOKUP,
     "rapid": RAPID,
     "rsd_c": RSD_C,

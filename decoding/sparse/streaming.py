@@ -8,22 +8,23 @@ is decoding alone. A layer with a sliding window of its own keeps that.
 
 import dataclasses
 
-from decoding.autoregressive import sampling_steps
 from decoding.method import Method, Policy, Steps
 from decoding.sparse.selected import merged, own_window, window_attention
+from decoding.sparse.steps import SparseOptions, policy_steps
 from models.attention import Attend, append_rows
 from models.decoder import Decoder
 from models.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamingOptions:
+class StreamingOptions(SparseOptions):
     """Tokens that are always seen: the first `sink`, and the last `local`, the newest included."""
 
     sink: int = 128
     local: int = 256
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_window(self.sink, self.local)
 
 
@@ -49,7 +50,7 @@ def streaming_attend(sink: int, local: int) -> Attend:
 
 def make_streaming(model: Decoder, options: StreamingOptions, stop_tokens: tuple[int, ...]) -> Steps:
     """Samples (greedily by default) with streaming attention."""
-    return sampling_steps(model, stop_tokens, Policy(streaming_attend(options.sink, options.local)))
+    return policy_steps(model, Policy(streaming_attend(options.sink, options.local)), options, stop_tokens)
 
 
 STREAMING = Method("lossy", StreamingOptions, make_streaming, temperature=0.0)

@@ -30,10 +30,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import struct
 
-from decoding.autoregressive import sampling_steps
 from decoding.method import Call, Method, Policy, Steps
 from decoding.prefill import CHUNK, Prompts, read_tokens
 from decoding.sparse.selected import merged, own_window, rows_of_sets, selected_attention, with_tree
+from decoding.sparse.steps import SparseOptions, policy_steps
 from decoding.state import DecodeState, run_if
 from models.attention import (
     Attend,
@@ -53,7 +53,7 @@ Role = Literal["full", "window", "select", "sparse"]
 
 
 @dataclasses.dataclass(frozen=True)
-class TidalOptions:
+class TidalOptions(SparseOptions):
     """What is chosen, where, and how often the cache is corrected.
 
     Attributes:
@@ -69,6 +69,7 @@ class TidalOptions:
     correct_every: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.select is not None:
             object.__setattr__(self, "select", tuple(sorted(set(self.select))))
         if self.budget < 2:
@@ -76,6 +77,8 @@ class TidalOptions:
         every = self.correct_every
         if every is not None and (every < 1 or (every > CHUNK and every % CHUNK)):
             raise InputError(f"correct_every must be 1 to {CHUNK} steps, or a multiple of {CHUNK}; got {every}")
+        if every is not None and self.drafted:
+            raise InputError("correct_every counts steps of one token: leave out drafted, or correct_every")
 
 
 def layer_roles(config: DecoderConfig, select: tuple[int, ...] | None) -> tuple[Role, ...]:
@@ -207,7 +210,8 @@ def corrected_steps(model: Decoder, steps: Steps, every: int) -> Steps:
 def make_tidal(model: Decoder, options: TidalOptions, stop_tokens: tuple[int, ...]) -> Steps:
     """Samples (greedily by default) with position persistent sparse attention."""
     roles = layer_roles(model.config, options.select)
-    steps = sampling_steps(model, stop_tokens, Policy(tidal_attend(roles, options.budget, options.grouped)))
+    policy = Policy(tidal_attend(roles, options.budget, options.grouped))
+    steps = policy_steps(model, policy, options, stop_tokens)
     return steps if options.correct_every is None else corrected_steps(model, steps, options.correct_every)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decoding.method import Call, Steps, WithDraft, target_params
+from decoding.method import Call, Policy, Steps, WithDraft, target_params
 from decoding.prefill import Prompts, prompt_tokens
 from decoding.sampling import step_keys
 from decoding.speculative.drafter import Drafter, Round, Seen
@@ -24,26 +24,30 @@ from models.attention import TreeRows, tree_attend
 from models.cache import KVCache, commit
 from models.decoder import Decoder
 
+TREE = Policy(tree_attend)
 _DRAFT = 0x5EED  # folds a step's key for the drafter; the verifier folds with row numbers
 
 
 @struct.dataclass
 class SpeculativeCarry:
-    """What every speculative method keeps: the drafter's state, the call, bool[B, V] tokens of prompt and output."""
+    """What every speculative method keeps: the drafter's state, the call, bool[B, V] tokens of prompt and output, and
+    what the target's attention policy remembers.
+    """
 
     draft: Any
     call: Call
     seen: jax.Array
+    memory: Any = None
 
 
-def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, ...]) -> Steps:
-    """Returns the steps of a method that drafts with `drafter` and verifies with `model`."""
+def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, ...], policy: Policy = TREE) -> Steps:
+    """Returns the steps of a method that drafts with `drafter` and verifies with `model`, which attends by `policy`."""
 
     def init(params: Any, prompts: Prompts, cache: KVCache, call: Call) -> SpeculativeCarry:
         read = prompts if call.draft_prompts is None else call.draft_prompts
         slots = cache.num_slots - prompts.tokens.shape[1] + read.tokens.shape[1]
         seen = prompt_tokens(prompts, model.config.vocab_size)
-        return SpeculativeCarry(drafter.init(params, read, slots, call), call, seen)
+        return SpeculativeCarry(drafter.init(params, read, slots, call), call, seen, policy.init(cache))
 
     def step(params: Any, state: DecodeState) -> DecodeState:
         carry = state.carry
@@ -74,8 +78,8 @@ def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, .
             tree.tokens,
             positions=state.cache.length[:, None] + tree.depth,
             cache=state.cache,
-            attend=tree_attend,
-            ctx=TreeRows(tree.ancestors, tree.depth),
+            attend=policy.attend,
+            ctx=TreeRows(tree.ancestors, tree.depth, carry.memory),
         )
         target = Target(output.logits, carry.call.sampling, carry.seen, carry.call.keys, state.lengths)
         verified = verify(drafter.mode, tree, target, drafter.most)
@@ -86,9 +90,8 @@ def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, .
         kept = jnp.arange(drafter.most)[None, :] < emitted[:, None]
         seen = carry.seen.at[jnp.arange(len(emitted))[:, None], verified.tokens].max(kept)
         cache = commit(output.cache, verified.rows, jnp.where(state.done, 0, verified.count))
-        return after.replace(
-            cache=cache, stats=after.stats.replace(accepted=accepted), carry=carry.replace(draft=draft, seen=seen)
-        )
+        carry = carry.replace(draft=draft, seen=seen, memory=output.aux.memory)
+        return after.replace(cache=cache, stats=after.stats.replace(accepted=accepted), carry=carry)
 
     rows = max(drafter.width, drafter.most)  # what is read behind the text, and what `commit` moves there
     return Steps(init, step, rows, drafter.most, drafter.cold, lambda carry: drafter.warm(carry.draft))

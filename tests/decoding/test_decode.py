@@ -170,7 +170,12 @@ _ATTENTION = AttentionConfig(num_heads=6, num_kv_heads=3, head_dim=10)
 _CONFIG = DecoderConfig(
     "llama", vocab_size=67, width=44, blocks=(BlockConfig(_ATTENTION, MLPConfig(80)),) * 2, max_length=256
 )
-_OPTIONS = {"streaming": {"sink": 2, "local": 4}, "tidal": {"budget": 6, "select": (0,), "correct_every": 4}}
+_GATES = ((0.1, 0.2, 0.3), (0.6, 0.5, 0.4))
+_OPTIONS = {
+    "lserve": {"budget": 12, "page": 4, "logical": 2, "reuse": 2, "gates": _GATES, "sink": 1, "local": 3},
+    "streaming": {"sink": 2, "local": 4},
+    "tidal": {"budget": 6, "select": (0,), "correct_every": 4},
+}
 _SMALLEST = 44 * 30  # the key projection; a layer's cache has 3 * 103 * 10 numbers per row
 _CACHE_SIDES = {103, 10}  # slots and head width: no other array has both
 _MOVE = re.compile(r"%(\S+) = (\([^()]*\)|\S+) (copy|copy-start|transpose|slice|dynamic-slice|gather|fusion)\(")
@@ -210,7 +215,15 @@ def compiled_advance(batch: int, method: str, step=advance) -> str:
 
 @pytest.mark.parametrize(
     ("batch", "method"),
-    [(1, "greedy"), (8, "greedy"), (1, "sample"), (1, "entropy_adaptive"), (1, "streaming"), (1, "tidal")],
+    [
+        (1, "greedy"),
+        (8, "greedy"),
+        (1, "sample"),
+        (1, "entropy_adaptive"),
+        (1, "streaming"),
+        (1, "tidal"),
+        (1, "lserve"),
+    ],
 )
 def test_compiled_steps_copy_neither_cache_nor_weights(batch, method):
     hlo = compiled_advance(batch, method)

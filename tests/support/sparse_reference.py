@@ -15,15 +15,16 @@ from jax.experimental import io_callback
 
 from decoding.autoregressive import target_step
 from decoding.method import Policy
-from decoding.prefill import pad_prompts, prefill
+from decoding.prefill import Prompts, pad_prompts, prefill
 from decoding.state import init_state
+from models.cache import KVCache
 from models.config import AttentionConfig, BlockConfig, DecoderConfig, MLPConfig, RopeConfig
 from models.decoder import Decoder
 
 VOCAB = 61
 
 
-def deep_model(window_at: int | None = 4, num_layers: int = 6, **changes: Any) -> tuple[Decoder, Any]:
+def deep_model(window_at: int | None = 3, num_layers: int = 5, **changes: Any) -> tuple[Decoder, Any]:
     """Returns (model, params) with grouped heads and, in one layer, a sliding window of 7; the text is varied."""
     attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, rope=RopeConfig(100.0), **changes)
     block = BlockConfig(attention, MLPConfig(48))
@@ -152,10 +153,10 @@ def fast_logits(
     padded, text = pad_prompts(prompts, VOCAB), np.asarray(texts, np.int32)
     last = np.array([prompt[-1] for prompt in prompts], np.int32)
     tokens = np.concatenate([last[:, None], text], axis=1)[:, :-1]
+    cache = _prefilled(model, params, padded, slots)
 
     @jax.jit
-    def run(params, padded, tokens):
-        cache = with_garbage(prefill(model, params, padded, slots))
+    def run(params, cache, tokens):
         state = init_state(cache, tokens[:, 0], jnp.full((len(prompts),), 9), 9, 1, None)
 
         def step(carry, token):
@@ -165,10 +166,15 @@ def fast_logits(
 
         return jax.lax.scan(step, (state, policy.init(cache)), tokens.T)[1]
 
-    return np.swapaxes(np.asarray(run(params, padded, tokens)), 0, 1)
+    return np.swapaxes(np.asarray(run(params, cache, tokens)), 0, 1)
 
 
-def with_garbage(cache):
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _prefilled(model: Decoder, params: Any, prompts: Prompts, slots: int) -> KVCache:
+    return with_garbage(prefill(model, params, prompts, slots))
+
+
+def with_garbage(cache: KVCache) -> KVCache:
     """Returns the cache with large numbers in every slot behind the length."""
     dead = jnp.arange(cache.num_slots)[None, :] >= cache.length[:, None]
     noise = [1e3 * jax.random.normal(jax.random.key(index), x.shape, x.dtype) for index, x in enumerate(cache.k)]

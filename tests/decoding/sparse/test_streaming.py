@@ -42,7 +42,12 @@ def forced() -> list[list[int]]:
     return np.random.default_rng(0).integers(0, 61, (len(PROMPTS), NEW)).tolist()
 
 
-@pytest.mark.parametrize(("sink", "local"), [(2, 5), (0, 1), (5, 3)])
+@pytest.fixture(scope="module")
+def dense_logits(deep, forced):
+    return fast_logits(*deep, DENSE, PROMPTS, forced)
+
+
+@pytest.mark.parametrize(("sink", "local"), [(0, 1), (5, 3)])
 def test_equals_the_slow_reference_on_a_ragged_batch(deep, forced, sink, local):
     fast = fast_logits(*deep, Policy(streaming_attend(sink, local)), PROMPTS, forced)
     for row, prompt in enumerate(PROMPTS):
@@ -52,19 +57,17 @@ def test_equals_the_slow_reference_on_a_ragged_batch(deep, forced, sink, local):
     assert np.abs(fast[1] - other).max() > 0.05, "a window that is one too long must show"
 
 
-@pytest.mark.parametrize(("sink", "local"), [(2, 96), (96, 1), (500, 500)])
-def test_with_every_token_seen_it_is_dense(deep, forced, sink, local):
+@pytest.mark.parametrize(("sink", "local"), [(96, 1), (2, 500)])
+def test_with_every_token_seen_it_is_dense(deep, forced, dense_logits, sink, local):
     fast = fast_logits(*deep, Policy(streaming_attend(sink, local)), PROMPTS, forced)
-    dense = fast_logits(*deep, DENSE, PROMPTS, forced)
-    np.testing.assert_allclose(fast, dense, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(fast, dense_logits, rtol=1e-5, atol=2e-5)
 
 
 def test_with_every_token_seen_it_writes_greedy_text(tiny):
     model, params = tiny
     greedy = make_decode_fn(model, max_new_tokens=24)(params, PROMPTS)
-    for sink, local in ((64, 1), (0, 64)):
-        fn = make_decode_fn(model, "streaming", max_new_tokens=24, sink=sink, local=local)
-        assert texts(fn(params, PROMPTS)) == texts(greedy)
+    fn = make_decode_fn(model, "streaming", max_new_tokens=24, sink=1, local=64)
+    assert texts(fn(params, PROMPTS)) == texts(greedy)
 
 
 @pytest.mark.parametrize("length", [0, 1, 4, 20])

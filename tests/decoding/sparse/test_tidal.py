@@ -1,5 +1,6 @@
 """TidalDecode against a slow reference and against dense decoding."""
 
+import dataclasses
 import functools
 
 import jax
@@ -20,7 +21,7 @@ from tests.support.sparse_reference import Rule, SlowRow, deep_model, fast_logit
 
 LENGTHS = (1, 30, 13, 47)
 PROMPTS = [np.random.default_rng(length).integers(0, 61, length).tolist() for length in LENGTHS]
-SELECT = (1, 3)
+SELECT = (0, 2)  # of layers 0 to 4; 3 has a window, 1 and 4 are sparse
 NEW = 10
 
 
@@ -83,6 +84,7 @@ def test_the_comparison_sees_a_choice_that_is_kept_too_long(deep, forced):
     """A planted bug: the second selection layer leaves the first one's choice in place."""
     roles = layer_roles(deep[0].config, SELECT)
     broken = tuple("full" if index == SELECT[1] else role for index, role in enumerate(roles))
+    assert roles == ("select", "sparse", "select", "window", "sparse")
     fast = fast_logits(*deep, Policy(tidal_attend(broken, 6, False)), PROMPTS, forced)
     slow = slow_logits(*deep, TidalRule(6, False), PROMPTS[1], forced[1])
     assert np.abs(fast[1] - slow).max() > 0.1
@@ -113,16 +115,15 @@ def test_its_text_is_what_the_slow_reference_would_write(deep):
 def test_layers_before_the_first_choice_are_those_of_dense_decoding(deep):
     model, params = deep
     cache = init_cache([block.attention for block in model.config.blocks], 2, 40, jnp.float32)
-    cache = cache.replace(length=jnp.array([20, 33]))
-    cache = with_garbage(cache.replace(length=jnp.array([0, 0]))).replace(length=cache.length)
+    cache = jax.tree.map(lambda x: x / 1e3 if x.ndim == 4 else jnp.array([20, 33]), with_garbage(cache))
     rows = TreeRows(jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1), jnp.int32))
     hidden = []
-    for attend in (tree_attend, policy(model, 4, False).attend):
-        collect = tuple(range(SELECT[0] + 2))
-        run = functools.partial(model.apply, attend=attend, ctx=rows, collect=collect)
-        hidden.append(run({"params": params}, jnp.array([[3], [4]]), cache=cache).hidden)
-    for layer, dense in hidden[0].items():
-        np.testing.assert_array_equal(hidden[1][layer], dense)
+    for attend in (tree_attend, policy(model, 4, False, (2,)).attend):
+        run = jax.jit(functools.partial(model.apply, attend=attend, collect=tuple(range(6))))
+        hidden.append(run({"params": params}, jnp.array([[3], [4]]), cache=cache, ctx=rows).hidden)
+    for layer in range(4):  # layer 2 chooses, after which its own output is still dense
+        np.testing.assert_array_equal(hidden[1][layer], hidden[0][layer])
+    assert np.abs(hidden[1][5] - hidden[0][5]).max() > 0.01
 
 
 def corrected_states(model, params, every: int | None, steps: int):
@@ -198,12 +199,13 @@ def test_rows_of_a_tree_choose_each_for_itself(deep):
     model, params = deep
     prompt = jnp.asarray([PROMPTS[3]], jnp.int32)
     cache = init_cache([block.attention for block in model.config.blocks], 1, 64, jnp.float32)
-    cache = model.apply({"params": params}, prompt, cache=cache).cache.replace(length=jnp.array([47]))
+    cache = jax.jit(model.apply)({"params": params}, prompt, cache=cache).cache.replace(length=jnp.array([47]))
 
     def read(attend, *tokens):
         ancestors = jnp.array([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]], bool)[:, : len(tokens), : len(tokens)]
         rows = TreeRows(ancestors, jnp.array([[0, 1, 1]])[:, : len(tokens)])
-        output = model.apply({"params": params}, jnp.array([tokens]), 47 + rows.depth, cache, attend, rows)
+        run = jax.jit(functools.partial(model.apply, attend=attend))
+        output = run({"params": params}, jnp.array([tokens]), 47 + rows.depth, cache, ctx=rows)
         assert output.aux.memory is None
         return np.asarray(output.logits[0])
 
@@ -216,22 +218,26 @@ def test_rows_of_a_tree_choose_each_for_itself(deep):
     assert np.abs(tree - read(tree_attend, 5, 7, 9)).max() > 0.1
 
 
-def test_roles():
-    model, _ = deep_model()
+def test_roles(deep):
     full, window, select, sparse = "full", "window", "select", "sparse"
-    assert layer_roles(model.config, None) == (full, full, select, sparse, window, sparse)
-    assert layer_roles(model.config, (1, 3)) == (full, select, sparse, select, window, sparse)
-    assert layer_roles(model.config, (5,)) == (full,) * 5 + (select,)
-    deeper, _ = deep_model(window_at=None, num_layers=16)
-    assert [index for index, role in enumerate(layer_roles(deeper.config, None)) if role == select] == [2, 6]
+    assert layer_roles(deep[0].config, None) == (full, full, select, window, sparse)
+    assert layer_roles(deep[0].config, (1, 2)) == (full, select, select, window, sparse)
+    assert layer_roles(deep[0].config, (4,)) == (full,) * 4 + (select,)
+    block = deep[0].config.blocks[0]
+    for num_layers, chosen in ((32, [2, 13]), (16, [2, 6]), (4, [2]), (2, [])):
+        config = dataclasses.replace(deep[0].config, blocks=(block,) * num_layers)
+        assert [index for index, role in enumerate(layer_roles(config, None)) if role == select] == chosen
+    other = dataclasses.replace(block, attention=dataclasses.replace(block.attention, num_heads=2))
+    with pytest.raises(InputError, match="layers of different numbers of heads cannot share"):
+        layer_roles(dataclasses.replace(deep[0].config, blocks=(block, block, block, other)), None)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"budget": 1}, "budget must be at least 2 tokens"),
-        ({"select": [4]}, r"without a sliding window, of which this model has \[0, 1, 2, 3, 5\]; got \[4\]"),
-        ({"select": [2, 6]}, r"got \[2, 6\]"),
+        ({"select": [3]}, r"without a sliding window, of which this model has \[0, 1, 2, 4\]; got \[3\]"),
+        ({"select": [2, 5]}, r"got \[2, 5\]"),
         ({"select": []}, r"got \[\]"),
         ({"correct_every": 0}, "correct_every must be 1 to 512 steps, or a multiple of 512; got 0"),
         ({"correct_every": 600}, "got 600"),

@@ -1,0 +1,233 @@
+"""LServe: streaming heads, and heads that read a constant number of pages of the cache. Lossy.
+
+Source: "LServe: Efficient Long-sequence LLM Serving with Unified Sparse Attention" (2502.14866). Key/value heads are
+split once, by gates: *streaming* heads see the first `sink` tokens and the last `local` ones
+(`decoding.sparse.streaming`), the others read the pages of `page` tokens that the newest query scores highest
+(`decoding.sparse.pages`), and the page of the newest token, `budget` tokens in all. A choice is made anew whenever the
+number of tokens before the newest reaches a multiple of `reuse`, and used until then, layer by layer.
+
+Gates: a high one says that a head needs what stands between sink and window. The paper trains them (DuoAttention);
+`head_gates` measures them, as the share of attention that falls there. Of all layers and heads together the share
+`streaming` with the lowest gates streams.
+
+Notes: prompts are read with dense attention. Lists of pages are per query head, as in the paper; with `grouped` the
+query heads of a key/value head share one, by the highest score. Bounds of a page are computed when it is full, from its
+keys, in place of being brought up to date by each token; the newest page needs none. All pages are read where history
+and newest token fit the budget. A tree's rows share the choice of its root. A layer with a sliding window of its own
+keeps that, and has no gates.
+
+Axis letters: B batch, T new rows, H query heads, K key/value heads, G = H/K, J sets of pages, N pages chosen.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from decoding.method import Method, Policy, Steps
+from decoding.sparse.pages import PageBounds, all_bounds, chosen_pages, page_scores, page_slots, renewed
+from decoding.sparse.selected import own_window, rows_of_sets, selected_attention, window_attention, with_tree
+from decoding.sparse.steps import SparseOptions, policy_steps
+from decoding.sparse.streaming import check_window
+from models.attention import Attend, append_rows, attention_scores, dense_attend, visible_softmax
+from models.cache import KVCache, LayerCache
+from models.config import AttentionConfig, DecoderConfig
+from models.decoder import Decoder
+from models.errors import InputError
+
+Gates = tuple[tuple[float, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LServeOptions(SparseOptions):
+    """Sizes in tokens, and which heads stream.
+
+    Attributes:
+        budget: tokens that a head reads at most, the newest page's included: a multiple of `page`, 3 pages at least.
+        page: of a page that is chosen as a whole.
+        logical: of a logical page; divides `page`.
+        reuse: steps that a choice of pages is used for; divides `page`, so that a new page is never missed.
+        grouped: the query heads of a key/value head share their pages.
+        gates: one number per layer and key/value head (`head_gates`); None: no head streams.
+        streaming: share of the heads that stream, 0 to 1, where there are gates.
+        sink: first tokens that a streaming head sees.
+        local: last tokens that it sees.
+    """
+
+    budget: int = 4096
+    page: int = 64
+    logical: int = 16
+    reuse: int = 4
+    grouped: bool = False
+    gates: Gates | None = None
+    streaming: float = 0.5
+    sink: int = 128
+    local: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_window(self.sink, self.local)
+        for name in ("logical", "reuse"):
+            value = getattr(self, name)
+            if value < 1 or self.page % value:
+                raise InputError(f"{name} must divide page ({self.page} tokens), got {value}")
+        if self.budget % self.page or self.budget < 3 * self.page:
+            raise InputError(
+                f"budget must be a multiple of page ({self.page} tokens), {3 * self.page} at least; got {self.budget}"
+            )
+        if not 0 <= self.streaming <= 1:
+            raise InputError(f"streaming must be a share of the heads, 0 to 1; got {self.streaming}")
+        if self.drafted >= self.page:
+            raise InputError(f"drafted must be below page ({self.page} tokens), got {self.drafted}")
+        if self.gates is not None:
+            object.__setattr__(self, "gates", tuple(tuple(layer) for layer in self.gates))
+
+
+@struct.dataclass
+class PageMemory:
+    """What a layer remembers from step to step: the bounds of its pages, the pages chosen, i32[B, J, N], and how many
+    tokens stood before the newest when they were, i32[B]; -1: not yet.
+    """
+
+    bounds: PageBounds
+    pages: jax.Array
+    chosen_at: jax.Array
+
+
+def retrieval_heads(config: DecoderConfig, gates: Gates | None, streaming: float) -> tuple[tuple[int, ...], ...]:
+    """Returns, for each layer, the key/value heads that read pages; the others stream.
+
+    Of gates that are equal those of earlier layers and heads stream first.
+
+    Raises:
+        InputError: gates that do not fit the model.
+    """
+    layers = [block.attention for block in config.blocks]
+    counts = tuple(layer.num_kv_heads for layer in layers)
+    if gates is None:
+        return tuple(tuple(range(count)) for count in counts)
+    if tuple(len(layer) for layer in gates) != counts:
+        raise InputError(
+            f"gates must have one number per layer and key/value head: {len(counts)} layers of {counts[0]} for this "
+            f"model; got {[len(layer) for layer in gates]}"
+        )
+    places = [(i, head) for i, layer in enumerate(layers) if layer.window is None for head in range(counts[i])]
+    ranked = sorted(places, key=lambda place: gates[place[0]][place[1]])
+    kept = set(ranked[round(streaming * len(places)) :])
+    return tuple(tuple(head for head in range(count) if (i, head) in kept) for i, count in enumerate(counts))
+
+
+def lserve_policy(config: DecoderConfig, options: LServeOptions) -> Policy:
+    """Returns the policy. Its context is `TreeRows`, whose memory holds a `PageMemory` or None for each layer."""
+    retrieval = retrieval_heads(config, options.gates, options.streaming)
+    layers = [block.attention for block in config.blocks]
+    paged = [bool(heads) and layer.window is None for heads, layer in zip(retrieval, layers, strict=True)]
+
+    def init(cache: KVCache) -> tuple[PageMemory | None, ...]:
+        return tuple(
+            _first_memory(layers[index], options, cache.layer(index), retrieval[index]) if paged[index] else None
+            for index in range(len(layers))
+        )
+
+    def attend(q, k, v, cache, ctx, *, config, layer):
+        if config.window is not None:
+            return own_window(q, k, v, cache, ctx, config=config, layer=layer)
+        cache = append_rows(cache, k, v, ctx)
+        streams = [head for head in range(config.num_kv_heads) if head not in retrieval[layer]]
+        parts, memory = [], ctx.memory[layer]
+        if paged[layer]:
+            out, memory = _paged(options, retrieval[layer], q, cache, ctx, memory, config)
+            parts.append(out)
+        if streams:
+            window = functools.partial(window_attention, sink=options.sink, local=options.local)
+            parts.append(window(q, cache, ctx, config, kv_heads=streams))
+        order = np.argsort([*retrieval[layer], *streams])
+        out = jnp.concatenate(parts, axis=2)[:, :, order]
+        memories = tuple(memory if index == layer else other for index, other in enumerate(ctx.memory))
+        return out.reshape(q.shape).astype(q.dtype), cache, ctx.replace(memory=memories)
+
+    return Policy(attend, init)
+
+
+def _first_memory(
+    config: AttentionConfig, options: LServeOptions, cache: LayerCache, kv_heads: tuple[int, ...]
+) -> PageMemory:
+    """Returns a layer's memory behind the prompts."""
+    bounds = all_bounds(cache.k, np.asarray(kv_heads), options.page, options.logical)
+    num_pages, num_sets = -(-cache.k.shape[2] // options.page), len(rows_of_sets(config, options.grouped, kv_heads)[1])
+    count = min(options.budget // options.page - 1, num_pages) + 1
+    pages = jnp.full((len(cache.length), num_sets, count), -1, jnp.int32)
+    return PageMemory(bounds, pages, jnp.full_like(cache.length, -1))
+
+
+def _paged(options, kv_heads, q, cache, ctx, memory: PageMemory, config: AttentionConfig):
+    """Returns (f32[B, T, J, G, Dh] of the heads that read pages, the layer's memory)."""
+    start, page, group = cache.length, options.page, config.num_heads // config.num_kv_heads
+    heads, kv = rows_of_sets(config, options.grouped, kv_heads)
+    bounds = renewed(memory.bounds, cache.k, np.asarray(kv_heads), start, page)
+
+    def choose() -> jax.Array:
+        root = q[:, 0, rows_of_sets(config, True, kv_heads)[0]]
+        scores = page_scores(root, bounds, -(-cache.k.shape[2] // page))
+        scores = scores.max(axis=2) if options.grouped else scores.reshape(len(start), -1, scores.shape[3])
+        return jnp.where(due[:, None, None], chosen_pages(scores, start // page, options.budget // page), memory.pages)
+
+    due = (memory.chosen_at < 0) | (start // options.reuse != memory.chosen_at // options.reuse)
+    pages = jax.lax.cond(due.any(), choose, lambda: memory.pages)
+    slots, visible = with_tree(*page_slots(pages, page, start), start, ctx, q.shape[1])
+    out = selected_attention(q[:, :, heads], cache, kv, slots, visible, config)
+    out = out.reshape(*out.shape[:2], len(kv_heads), group, -1)
+    return out, PageMemory(bounds, pages, jnp.where(due, start, memory.chosen_at))
+
+
+def head_gates(model: Decoder, params: Any, tokens: jax.Array, *, sink: int = 128, local: int = 256) -> Gates:
+    """Returns gates for `LServeOptions`: per layer and key/value head, the mean share of attention on what a streaming
+    head would not see. Layers with a sliding window get zeros.
+
+    Args:
+        model: the network.
+        params: its parameters.
+        tokens: i32[B, T], whole texts of one length, longer than sink and window; texts that call for something far
+            back (a passkey, a table) tell heads apart best.
+        sink: first tokens that a streaming head sees.
+        local: last tokens that it sees.
+
+    Raises:
+        InputError: texts in which a streaming head sees everything.
+    """
+    check_window(sink, local)
+    if tokens.shape[1] <= sink + local:
+        raise InputError(f"texts of {tokens.shape[1]} tokens have nothing between sink {sink} and window {local}")
+    measure = jax.jit(functools.partial(model.apply, attend=_measuring(sink, local), ctx=()))
+    shares = measure({"params": params}, tokens).aux
+    return tuple(tuple(float(share) for share in layer) for layer in shares)
+
+
+def _measuring(sink: int, local: int) -> Attend:
+    """Returns dense attention that adds f32[K] shares per layer to its context, a tuple."""
+
+    def attend(q, k, v, cache, ctx, *, config, layer):
+        shares = jnp.zeros((config.num_kv_heads,), jnp.float32)
+        if config.window is None:
+            place = jnp.arange(q.shape[1])
+            behind = place[:, None] - place[None, :]
+            weights = visible_softmax(
+                attention_scores(q, jnp.swapaxes(k, 1, 2), config), (behind >= 0)[None, None, None]
+            )
+            lost = (behind >= local) & (place >= sink)[None, :]
+            shares = jnp.where(lost[None, None, None], weights, 0.0).sum(axis=4).mean(axis=(0, 2, 3))
+        return *dense_attend(q, k, v, cache, None, config=config, layer=layer)[:2], (*ctx, shares)
+
+    return attend
+
+
+def make_lserve(model: Decoder, options: LServeOptions, stop_tokens: tuple[int, ...]) -> Steps:
+    """Samples (greedily by default) with streaming heads and page-sparse ones."""
+    return policy_steps(model, lserve_policy(model.config, options), options, stop_tokens)
+
+
+LSERVE = Method("lossy", LServeOptions, make_lserve, temperature=0.0)

@@ -1,0 +1,301 @@
+"""LServe against a slow reference, dense decoding, and what its pages promise."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decoding import make_decode_fn
+from decoding.autoregressive import DENSE
+from decoding.sparse import lserve
+from decoding.sparse.lserve import LServeOptions, head_gates, lserve_policy, retrieval_heads
+from decoding.sparse.pages import PageBounds, all_bounds, chosen_pages, page_bounds, page_scores, page_slots, renewed
+from models.attention import TreeRows, dense_attend, tree_attend
+from models.cache import init_cache
+from models.errors import InputError
+from tests.support.decode_reference import texts
+from tests.support.sparse_reference import Rule, deep_model, fast_logits, slow_logits
+
+LENGTHS = (1, 30, 13, 48)  # the last one ends with a page
+PROMPTS = [np.random.default_rng(length).integers(0, 61, length).tolist() for length in LENGTHS]
+NEW = 14
+SIZES = {"budget": 12, "page": 4, "logical": 2, "reuse": 2}
+GATES = ((0.9, 0.1), (0.8, 0.7), (0.2, 0.3), (0.0, 0.0), (0.6, 0.4))  # layer 3 has a window
+
+
+class LServeRule(Rule):
+    """Streaming heads, and pages by the bound of q . k, chosen anew where the count of earlier tokens says so."""
+
+    def __init__(self, retrieval, options: LServeOptions):
+        self.retrieval, self.options, self.memory = retrieval, options, {}
+
+    def choose(self, layer, config, q, keys):
+        options, n = self.options, len(keys) - 1
+        group = config.num_heads // config.num_kv_heads
+        seen = np.zeros((config.num_heads, n + 1), bool)
+        for kv in range(config.num_kv_heads):
+            heads = range(kv * group, (kv + 1) * group)
+            if kv not in self.retrieval[layer]:
+                place = np.arange(n + 1)
+                seen[heads] = (place < options.sink) | (place > n - options.local)
+                continue
+            if n % options.reuse == 0 or (layer, kv) not in self.memory:
+                self.memory[layer, kv] = self._pages(q[heads], keys[:, kv], n)
+            for head, pages in zip(heads, self.memory[layer, kv], strict=True):
+                for page in pages:
+                    seen[head, page * options.page : (page + 1) * options.page] = True
+        return seen
+
+    def _pages(self, q, keys, n) -> list[list[int]]:
+        options, newest = self.options, n // self.options.page
+        scores = np.full((len(q), newest), -np.inf)
+        for head in range(len(q)):
+            for page in range(newest):
+                for first in range(page * options.page, (page + 1) * options.page, options.logical):
+                    part = keys[first : first + options.logical]
+                    bound = np.maximum(q[head] * part.max(axis=0), q[head] * part.min(axis=0)).sum()
+                    scores[head, page] = max(scores[head, page], bound)
+        if options.grouped:
+            scores[:] = scores.max(axis=0)
+        count = options.budget // options.page - 1
+        return [[*np.argsort(-row, kind="stable")[:count], newest] for row in scores]
+
+
+@pytest.fixture(scope="module")
+def deep():
+    return deep_model()
+
+
+@pytest.fixture(scope="module")
+def forced() -> list[list[int]]:
+    return np.random.default_rng(0).integers(0, 61, (len(PROMPTS), NEW)).tolist()
+
+
+@pytest.fixture(scope="module")
+def dense_logits(deep, forced):
+    return fast_logits(*deep, DENSE, PROMPTS, forced)
+
+
+def run(deep, forced, options: LServeOptions, slots: int = 96) -> np.ndarray:
+    return fast_logits(*deep, lserve_policy(deep[0].config, options), PROMPTS, forced, slots)
+
+
+VARIANTS = {
+    "pages": {},
+    "grouped, half of the heads streaming": {"grouped": True, "gates": GATES, "sink": 2, "local": 5},
+    "chosen at every step": {"reuse": 1, "logical": 4},
+    "chosen once per page": {"reuse": 4, "logical": 1, "gates": GATES, "streaming": 0.25, "sink": 0, "local": 3},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_the_slow_reference_on_a_ragged_batch(deep, forced, dense_logits, variant):
+    options = LServeOptions(**{**SIZES, **VARIANTS[variant]})
+    fast = run(deep, forced, options, slots=67)  # the last page is cut short
+    retrieval = retrieval_heads(deep[0].config, options.gates, options.streaming)
+    for row, prompt in enumerate(PROMPTS):
+        slow = slow_logits(*deep, LServeRule(retrieval, options), prompt, forced[row])
+        np.testing.assert_allclose(fast[row], slow, rtol=1e-3, atol=1e-3)
+    assert np.abs(fast - dense_logits).max() > 0.5, "the budget must cost something, or the test says nothing"
+
+
+@pytest.mark.parametrize("bug", ["stale bounds", "the worst pages"])
+def test_the_comparison_sees_planted_bugs(deep, forced, monkeypatch, bug):
+    options = LServeOptions(**SIZES)
+    if bug == "stale bounds":
+        monkeypatch.setattr(lserve, "renewed", lambda bounds, *rest: bounds)
+    else:
+        monkeypatch.setattr(lserve, "chosen_pages", lambda scores, newest, count: chosen_pages(-scores, newest, count))
+    fast = run(deep, forced, options)
+    retrieval = retrieval_heads(deep[0].config, None, 0.5)
+    errors = [
+        np.abs(fast[row] - slow_logits(*deep, LServeRule(retrieval, options), PROMPTS[row], forced[row])).max()
+        for row in (0, 3)
+    ]
+    assert max(errors) > 0.1
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_with_every_page_chosen_and_no_streaming_heads_it_is_dense(deep, forced, dense_logits, grouped):
+    options = LServeOptions(budget=96, page=8, logical=2, grouped=grouped, gates=GATES, streaming=0.0)
+    np.testing.assert_allclose(run(deep, forced, options), dense_logits, rtol=1e-5, atol=2e-5)
+
+
+def test_windows_that_reach_everything_are_dense(deep, forced, dense_logits):
+    options = LServeOptions(**SIZES, gates=GATES, streaming=1.0, sink=96, local=1)
+    np.testing.assert_allclose(run(deep, forced, options), dense_logits, rtol=1e-5, atol=2e-5)
+
+
+def test_with_every_page_chosen_it_writes_greedy_text(tiny):
+    model, params = tiny
+    greedy = make_decode_fn(model, max_new_tokens=24)(params, PROMPTS)
+    fn = make_decode_fn(model, "lserve", max_new_tokens=24, budget=96, page=8, logical=4)
+    assert texts(fn(params, PROMPTS)) == texts(greedy)
+
+
+def test_its_text_is_what_the_slow_reference_would_write(deep):
+    options = {**SIZES, "gates": [list(layer) for layer in GATES], "sink": 2, "local": 4}
+    output = texts(make_decode_fn(deep[0], "lserve", max_new_tokens=NEW, **options)(deep[1], PROMPTS))
+    options = LServeOptions(**options)
+    for prompt, text in zip(PROMPTS, output, strict=True):
+        rule = LServeRule(retrieval_heads(deep[0].config, options.gates, 0.5), options)
+        logits = slow_logits(*deep, rule, prompt, text)
+        assert (logits[np.arange(NEW), text] > logits.max(axis=1) - 1e-3).all()
+
+
+@pytest.fixture(scope="module")
+def keys() -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(2, 3, 48, 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize("logical", [1, 2, 4, 8])
+def test_scores_bound_every_product_in_the_page(keys, logical):
+    q = np.random.default_rng(2).normal(size=(2, 3, 2, 8)).astype(np.float32)
+    scores = np.asarray(page_scores(jnp.asarray(q), page_bounds(jnp.asarray(keys), logical), 6))
+    best = np.einsum("bkgd,bksd->bkgs", q, keys).reshape(2, 3, 2, 6, 8).max(axis=4)
+    assert (scores >= best - 1e-5).all()
+    if logical == 1:
+        np.testing.assert_allclose(scores, best, rtol=1e-5, atol=1e-5)
+    whole = np.asarray(page_scores(jnp.asarray(q), page_bounds(jnp.asarray(keys), 8), 6))
+    assert (scores <= whole + 1e-5).all()
+    assert logical == 8 or (scores < whole - 0.1).any()
+
+
+def test_bounds_kept_during_decoding_equal_those_of_the_whole_prompt(keys):
+    """Slots hold garbage until they are written; at each step the bounds of all full pages are right."""
+    heads, page, logical = np.array([0, 2]), 8, 2
+    garbage = jnp.where(jnp.arange(48)[None, None, :, None] < 11, jnp.asarray(keys), 1e6)
+    bounds = all_bounds(garbage, heads, page, logical)
+    expected = page_bounds(jnp.asarray(keys)[:, heads], logical)
+    for start in range(11, 49):
+        written = jnp.where(jnp.arange(48)[None, None, :, None] <= start, jnp.asarray(keys), 1e6)
+        bounds = renewed(bounds, written, heads, jnp.array([start, start]), page)
+        full = start // page * (page // logical)
+        for name in ("high", "low"):
+            np.testing.assert_array_equal(getattr(bounds, name)[:, :, :full], getattr(expected, name)[:, :, :full])
+    assert (np.asarray(all_bounds(garbage, heads, page, logical).high)[:, :, 8:] == 1e6).all()
+
+
+def test_a_cache_that_ends_inside_a_page(keys):
+    short = jnp.asarray(keys[:, :, :45])
+    bounds = all_bounds(short, np.array([0, 1, 2]), 8, 2)
+    assert bounds.high.shape == (2, 3, 24, 8)
+    np.testing.assert_array_equal(bounds.high[:, :, :20], page_bounds(short[:, :, :40], 2).high)
+
+
+def test_chosen_pages_are_the_best_full_ones_and_the_newest():
+    scores = jnp.asarray(np.random.default_rng(4).normal(size=(3, 2, 9)), jnp.float32).at[:, :, 6:].set(99.0)
+    pages = np.asarray(chosen_pages(scores, jnp.array([6, 2, 0]), 4))
+    for row, newest in enumerate((6, 2, 0)):
+        for head, chosen in enumerate(pages[row]):
+            assert chosen[-1] == newest
+            best = np.argsort(-np.asarray(scores)[row, head, :newest])[:3]
+            assert sorted(chosen[:-1]) == sorted([*best, *[-1] * (3 - len(best))])
+    slots, visible = page_slots(jnp.asarray(pages[:1]), 4, jnp.array([25]))
+    expected = [slot for page in pages[0, 0] for slot in range(4 * page, 4 * page + 4)]
+    assert slots[0, 0, 0].tolist() == expected
+    assert visible[0, 0, 0].tolist() == [slot < 25 for slot in expected]
+    assert not page_slots(jnp.full((1, 1, 2), -1), 4, jnp.array([25]))[1].any()
+
+
+def test_the_share_with_the_lowest_gates_streams():
+    config = deep_model()[0].config
+    assert retrieval_heads(config, GATES, 0.5) == ((0,), (0, 1), (), (), (0,))
+    assert retrieval_heads(config, GATES, 0.0) == ((0, 1),) * 3 + ((),) + ((0, 1),)
+    assert retrieval_heads(config, GATES, 1.0) == ((),) * 5
+    assert retrieval_heads(config, None, 0.5) == ((0, 1),) * 5
+    assert retrieval_heads(config, ((0.5, 0.5),) * 5, 0.5) == ((), (), (0, 1), (), (0, 1))
+
+
+def test_gates_are_the_attention_that_a_window_loses(deep):
+    model, params = deep
+    sink, local, tokens = 2, 6, jnp.asarray(np.random.default_rng(5).integers(0, 61, (2, 40)), jnp.int32)
+    gates = np.asarray(head_gates(model, params, tokens, sink=sink, local=local))
+    assert gates.shape == (5, 2) and (gates[3] == 0).all() and (gates[:3] > 0).all() and (gates < 1).all()
+
+    def attend(q, k, v, cache, ctx, *, config, layer):
+        return *dense_attend(q, k, v, cache, None, config=config, layer=layer)[:2], (*ctx, (q, k))
+
+    seen = jax.jit(functools.partial(model.apply, attend=attend, ctx=()))({"params": params}, tokens).aux
+    for layer in (0, 2):
+        q, k = np.asarray(seen[layer][0]), np.asarray(seen[layer][1])
+        shares = np.zeros((2, 4, 40))
+        for row, head, t in np.ndindex(2, 4, 40):
+            scores = k[row, : t + 1, head // 2] @ q[row, t, head] * 8**-0.5
+            weights = np.exp(scores - scores.max())
+            shares[row, head, t] = weights[sink : max(t - local + 1, sink)].sum() / weights.sum()
+        np.testing.assert_allclose(gates[layer], shares.reshape(2, 2, 2, 40).mean(axis=(0, 2, 3)), atol=1e-5)
+
+
+def test_rows_of_a_tree_share_the_choice_of_its_root(deep):
+    """A chain read at once, with every page chosen, equals tree attention; the choice is kept for the next step."""
+    config = deep[0].config.blocks[0].attention
+    options = LServeOptions(budget=64, page=8, logical=2)
+    policy = lserve_policy(deep[0].config, options)
+    rng = np.random.default_rng(6)
+    rows = TreeRows(jnp.asarray(np.tril(np.ones((1, 3, 3))), bool), jnp.array([[0, 1, 2]]))
+    stored = init_cache([config] * 5, 1, 40, jnp.float32)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    stored = jax.tree.map(lambda x: normal(*x.shape) if x.ndim == 4 else jnp.array([21]), stored)
+    q, k, v = (normal(1, 3, heads, 8) for heads in (4, 2, 2))
+    rows = rows.replace(memory=policy.init(stored))
+    out, _, ctx = policy.attend(q, k, v, stored.layer(0), rows, config=config, layer=0)
+    dense = tree_attend(q, k, v, stored.layer(0), rows, config=config, layer=0)[0]
+    np.testing.assert_allclose(out, dense, atol=1e-5)
+    assert ctx.memory[0].chosen_at.tolist() == [21] and set(ctx.memory[0].pages[0, 0].tolist()) == {0, 1, 2, -1}
+    assert isinstance(ctx.memory[0].bounds, PageBounds) and ctx.memory[1].chosen_at.tolist() == [-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logical": 24}, r"logical must divide page \(64 tokens\), got 24"),
+        ({"reuse": 5}, r"reuse must divide page \(64 tokens\), got 5"),
+        ({"reuse": 0}, "reuse must divide page"),
+        ({"budget": 200}, r"budget must be a multiple of page \(64 tokens\), 192 at least; got 200"),
+        ({"budget": 128}, "192 at least; got 128"),
+        ({"streaming": 1.5}, "streaming must be a share of the heads, 0 to 1; got 1.5"),
+        ({"gates": [[1.0, 0.5]]}, "gates must have one number per layer and key/value head: 5 layers of 2"),
+        ({"local": 0}, "local 1 or more"),
+    ],
+)
+def test_wrong_options_are_refused(deep, options, message):
+    with pytest.raises(InputError, match=message):
+        make_decode_fn(deep[0], "lserve", **options)
+
+
+def test_gates_need_longer_texts(deep):
+    with pytest.raises(InputError, match="texts of 8 tokens have nothing between sink 4 and window 4"):
+        head_gates(*deep, jnp.zeros((1, 8), jnp.int32), sink=4, local=4)
+
+
+def made_in(jaxpr):
+    """Yields the shape of every array that a jaxpr makes, inner ones included."""
+    for equation in jaxpr.eqns:
+        yield from (var.aval.shape for var in equation.outvars)
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from made_in(inner)
+
+
+def test_pages_cost_the_same_at_any_context_length(deep):
+    """Nothing but bounds and their scores grows with the cache: no array has a side for all slots beside the cache."""
+    options = LServeOptions(budget=12, page=4, logical=4, reuse=4)
+    policy = lserve_policy(deep[0].config, options)
+    config = deep[0].config.blocks[0].attention
+
+    def shapes(slots: int) -> list[tuple[int, ...]]:
+        cache = init_cache([config] * 5, 1, slots, jnp.float32)
+        rows = TreeRows(jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1), jnp.int32), policy.init(cache))
+        q, k = jnp.zeros((1, 1, 4, 8)), jnp.zeros((1, 1, 2, 8))
+        one = functools.partial(policy.attend, config=config, layer=0)
+        jaxpr = jax.make_jaxpr(one)(q, k, k, cache.layer(0), rows).jaxpr
+        return list(made_in(jaxpr))
+
+    grown = {(one, two) for one, two in zip(shapes(400), shapes(800), strict=True) if one != two}
+    cache_like = {((1, 2, 400, 8), (1, 2, 800, 8)), ((2, 400, 8), (2, 800, 8)), ((800, 8), (1600, 8))}
+    assert grown & cache_like
+    assert all(np.prod(two) <= 2 * 200 * 8 for one, two in grown - cache_like), grown
