@@ -33,6 +33,7 @@ from decoding.speculative.specdec_pp import SPECDEC_PP
 from decoding.speculative.speculative_sampling import SPECULATIVE_SAMPLING
 from decoding.speculative.token_recycling import TOKEN_RECYCLING
 from decoding.state import DecodeOutput, DecodeState, init_state
+from models.cache import KVCache
 from models.decoder import Decoder
 from models.errors import InputError, unknown_name
 from models.sharding import mesh_of, place_rows, replicate
@@ -76,10 +77,23 @@ class Plan:
         return bucket + self.room + self.steps().rows - 1 if self.cache_slots is None else max(self.cache_slots, bucket)
 
 
-def start(plan: Plan, params: Any, prompts: Prompts, call: Call) -> DecodeState:
-    """Reads the prompts into the cache and returns the state before the first step. Pure."""
+def read(plan: Plan, params: Any, prompts: Prompts) -> KVCache:
+    """Reads the prompts into a cache. Pure; the same for all methods whose steps need as many slots."""
+    return prefill(plan.model, target_params(params), prompts, plan.num_slots(prompts.tokens.shape[1]))
+
+
+def start(plan: Plan, params: Any, prompts: Prompts, call: Call, cache: KVCache | None = None) -> DecodeState:
+    """Returns the state before the first step. Pure.
+
+    Args:
+        plan: what is static.
+        params: the model's parameters.
+        prompts: the batch.
+        call: what the user has set.
+        cache: what `read` gives for these prompts, to start from; None: they are read here.
+    """
     steps = plan.steps()
-    cache = prefill(plan.model, target_params(params), prompts, plan.num_slots(prompts.tokens.shape[1]))
+    cache = read(plan, params, prompts) if cache is None else cache
     last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
     return init_state(cache, last, call.limit, plan.room, steps.most, steps.init(params, prompts, cache, call))
 
@@ -194,14 +208,14 @@ class DecodeFn:
         """Returns a state's tokens and counts, as a call returns them."""
         return output(self.plan, state)
 
-    def compile(self, params: Any, prompts: Prompts, call: Call) -> tuple[Callable, Callable]:
+    def compile(self, params: Any, prompts: Prompts, call: Call, *cache: KVCache) -> tuple[Callable, Callable]:
         """Returns (start, advance) compiled for arrays of these shapes, with the signatures of the two methods above.
 
         For callers who want compilation to be a step of its own. With `cache_slots`, prompts of all buckets share one
-        compiled `advance`.
+        compiled `advance`. Where a cache is given, `start` takes one too, that holds the prompts (`read`).
         """
         steps = jnp.asarray(self.plan.room, jnp.int32)
-        start_compiled = _start.lower(self.plan, params, prompts, call).compile()
+        start_compiled = _start.lower(self.plan, params, prompts, call, *cache).compile()
         state = jax.eval_shape(functools.partial(start, self.plan), params, prompts, call)
         leaves, structure = jax.tree.flatten((params, state))
         key = structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)

@@ -15,17 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.cells import Cell, Retrieval, Row, load_cell, longest_prompt, save_cell
+from experiments.cells import Cell, Retrieval, load_cell, save_cell
 from experiments.config import chosen_type, load_config, save_config
 from experiments.decode import SamplingSettings
 from experiments.generated import generate
 from experiments.kept import cell_key, locked
-from experiments.loading import Loader
 from experiments.questions import Question, read_questions
+from experiments.rows import Rows
 from experiments.runtime import run_main, setup_runtime
 from experiments.tables import write_table
 from experiments.train_acceptance_head import ensure_head, head_stamp
-from models.errors import InputError, unknown_name
+from models.errors import unknown_name
 
 _PROG = "python -m experiments.reproduce"
 _DESCRIPTION = (__doc__ or "").split("\n")[0]
@@ -57,7 +57,7 @@ class Claim:
     text: str = ""
     row: str = ""
     than: str = "plain"
-    measure: Literal["mat", "speedup", "correct", "acceptance", "by_target"] = "mat"
+    measure: Literal["mat", "speedup", "break_even", "correct", "acceptance", "by_target"] = "mat"
     factor: float = 1.0
 
 
@@ -98,6 +98,7 @@ class TableConfig:
     dtype: Literal["float32", "bfloat16"] | None = None  # None: as stored (GGUF: float32)
     questions: Path = Path("configs/prompts/spec_bench.jsonl")  # a file in Spec-Bench's format, or a name on the hub
     generate: tuple[str, ...] = ()  # tasks that code writes (experiments.generated), in place of the questions' file
+    long_prompts: bool = False  # each is read once for all rows, and each task has caches of its own size
     rows: tuple[TableRow, ...] = (TableRow(),)
     claims: tuple[Claim, ...] = ()
     preset: Literal["smoke", "cpu", "gpu"] = "cpu"
@@ -136,9 +137,7 @@ def measure(config: TableConfig, questions: dict[str, list[Question]]) -> dict[t
     """Returns {(row, task): cell}, measuring what is not yet kept in the config's folder."""
     runs = config.folder / "runs"
     cells: dict[tuple[str, str], Cell] = {}
-    rows: dict[str, Row] = {}
-    loader = Loader(config.dtype)
-    kept_at: dict[str, Path] = {}
+    rows = Rows(config, questions)
     # A warm method's cell stands on those before it, and one with a head on the head.
     history: dict[str, str] = {row.name: head_stamp(row.head) for row in config.chosen}
     plan = [(task, row) for task in questions for row in config.chosen]
@@ -155,18 +154,12 @@ def measure(config: TableConfig, questions: dict[str, list[Question]]) -> dict[t
         if row.name == "plain" and any(found[other.name, task] is None for other in config.chosen):
             cell = None  # what is measured now is compared with plain decoding of now
         kept = cell is not None
-        if row.name not in rows and not kept:
-            rows[row.name] = _row(config, row, loader, [q for asked in questions.values() for q in asked])
-            if row.name in kept_at:
-                rows[row.name].take_warm(kept_at[row.name])
         if cell is None:
-            cell = rows[row.name].measure(keys[row.name, task], questions[task], config.seed)
+            ready = rows.ready(row, task)
+            cell = ready.measure(keys[row.name, task], questions[task], config.seed)
             cell = cell.beside(cells.get(("plain", task), cell))
-            save_cell(path, cell, rows[row.name].warm)
-        else:
-            kept_at[row.name] = path
-            if row.name in rows:
-                rows[row.name].take_warm(path)
+            save_cell(path, cell, ready.warm)
+        rows.passed(row, path, measured=not kept)
         cells[row.name, task] = cell
         print(
             f"{done + 1:>3}/{len(questions) * len(config.chosen)} {task:<14} {row.name:<24} MAT {cell.mat:.2f}  "
@@ -174,27 +167,6 @@ def measure(config: TableConfig, questions: dict[str, list[Question]]) -> dict[t
             flush=True,
         )
     return cells
-
-
-def _row(config: TableConfig, row: TableRow, loader: Loader, questions: Sequence[Question]) -> Row:
-    """Returns the row's method on the table's model, with a cache of one size for all of its questions."""
-    from decoding import DecodeFn
-
-    if row.draft and config.draft is None:
-        raise InputError(f"row {row.name!r} drafts with a second model: name it in draft")
-    longest = longest_prompt(questions, loader.model(config.model)[2], config.size.max_new_tokens)
-    decode_fn, params, tokenizer = loader.decode_fn(
-        config.model,
-        row.method,
-        row.options,
-        draft=config.draft if row.draft else None,
-        head=row.head,
-        max_new_tokens=config.size.max_new_tokens,
-        context=longest,
-    )
-    decode_fn = DecodeFn(dataclasses.replace(decode_fn.plan, cache_slots=decode_fn.plan.num_slots(longest)))
-    sampling = {name: value for name, value in dataclasses.asdict(row.sampling).items() if value is not None}
-    return Row(tokenizer, decode_fn, params, sampling, row.retrieval)
 
 
 def read_tasks(config: TableConfig) -> dict[str, list[Question]]:
