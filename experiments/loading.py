@@ -67,8 +67,8 @@ class Loader:
         options = dict(options)
         if options.get("latency") == MEASURED:
             options["latency"] = _curve(model, params, context)
-        if method == "lserve" and isinstance(options.get("gates"), str | int):
-            options["gates"] = self._gates_from(name, options)
+        if method == "lserve":
+            options = self.with_gates(name, options)
         if draft is not None:
             options["draft"], drafts, _ = self.model(draft)
             params = WithDraft(
@@ -78,16 +78,19 @@ class Loader:
         decode_fn = make_decode_fn(model, method, max_new_tokens=max_new_tokens, stop_tokens=stops, **options)
         return decode_fn, params, tokenizer
 
-    def _gates_from(self, name: str, options: Mapping[str, Any]) -> Any:
-        """Returns the gates that options of `lserve` name; those of a window are measured once."""
+    def with_gates(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns options of `lserve` with gates in numbers; those of a model, sink and window are measured once."""
+        source = options.get("gates")
+        if not isinstance(source, str | int):
+            return dict(options)
         from decoding.sparse.lserve import LServeOptions
         from experiments.gates import gates_from
 
         window = {key: options.get(key, getattr(LServeOptions, key)) for key in ("sink", "local")}
-        key = name, options["gates"], *window.values()
+        key = name, source, *window.values()
         if key not in self._gates:
-            self._gates[key] = gates_from(options["gates"], *self.model(name), **window)
-        return self._gates[key]
+            self._gates[key] = gates_from(source, *self.model(name), **window)
+        return {**options, "gates": self._gates[key]}
 
 
 def _curve(model: Any, params: Any, context: int) -> Any:

@@ -9,6 +9,7 @@ from decoding import METHODS
 from decoding.speculative.sizing import LatencyCurve
 from experiments.bench import BenchConfig
 from experiments.bench_speculation import SpeculationBenchConfig
+from experiments.bench_text import LongTextConfig
 from experiments.bench_train import TrainBenchConfig
 from experiments.config import dump_config, load_config
 from experiments.decode import DecodeConfig
@@ -25,6 +26,7 @@ KINDS = {
     "bench/decode": BenchConfig,
     "bench/train": TrainBenchConfig,
     "bench/speculation": SpeculationBenchConfig,
+    "bench/long_text": LongTextConfig,
     "tables": TableConfig,
     "tables/adapters": TrainTableConfig,
     "tables/emo": TrainTableConfig,
@@ -62,6 +64,8 @@ def chosen(config):
         yield config.method, config.options, config.draft is not None
     elif isinstance(config, TableConfig):
         yield from ((row.method, row.options, row.draft and config.draft is not None) for row in config.rows)
+    elif isinstance(config, LongTextConfig):
+        yield from ((row.method, row.options, False) for row in config.rows)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
@@ -71,6 +75,7 @@ def test_methods_and_options_exist(file):
         assert METHODS[method].drafts == drafts
         assert set(options) <= {field.name for field in dataclasses.fields(METHODS[method].options)}
         measured = {"latency": CURVE} if options.get("latency") == MEASURED else {}
+        measured |= {"gates": ((0.5,),)} if isinstance(options.get("gates"), str | int) else {}
         METHODS[method].options(**{**options, **measured})
 
 
