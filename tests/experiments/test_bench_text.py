@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import bench
-from experiments.bench_text import policy_of, token_losses
+from experiments.bench_text import LongTextConfig, TextRow, policy_of, token_losses
 from models import load_model
 from models.errors import InputError
 from tests.support.decode_reference import forward
@@ -73,13 +73,16 @@ def test_prompts_of_any_length(tmp_path):
 
 def test_what_is_refused(run, tmp_path):
     for flags, message in (
-        (["--lengths", "32", "32"], "lengths must grow"),
         (["--lengths", "32", "64"], "fewer than the last of lengths"),
         (["--lengths", "32", "256"], "context is 128 tokens"),
         (["--texts", str(tmp_path / "none.txt")], "cannot read a text"),
     ):
         with pytest.raises(InputError, match=message):
             run(*flags)
+    with pytest.raises(ValueError, match="lengths must grow"):
+        LongTextConfig(lengths=(600, 600))
+    with pytest.raises(ValueError, match="names of their own"):
+        LongTextConfig(rows=(TextRow(), TextRow()))
     model, _, _ = load_model(str(tmp_path / "tiny"))
     for method, options, message in (
         ("token_recycling", {}, "streaming"),

@@ -17,7 +17,7 @@ WINDOW = {"sink": 8, "local": 24}
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return load_model(str(write_tiny_folder(tmp_path_factory.mktemp("gates"), max_length=256)))
+    return load_model(str(write_tiny_folder(tmp_path_factory.mktemp("gates") / "tiny", max_length=256)))
 
 
 def test_random_gates_come_from_their_seed(tiny):

@@ -9,11 +9,15 @@ from experiments.generated import GENERATED, generate, is_correct
 from models.errors import InputError
 
 
+def texts_of(question) -> tuple:
+    return question.document, question.turns
+
+
 def test_questions_come_from_the_seed_alone():
     few, many = generate(tuple(GENERATED), 3, seed=1), generate(tuple(GENERATED), 5, seed=1)
     assert [q for q in many if int(q.id.rsplit("-", 1)[1]) < 3] == few
-    assert len({q.turns for q in many}) == len(many) and len({q.id for q in many}) == len(many)
-    assert not {q.turns for q in generate(tuple(GENERATED), 3, seed=2)} & {q.turns for q in few}
+    assert len({texts_of(q) for q in many}) == len(many) and len({q.id for q in many}) == len(many)
+    assert not {texts_of(q) for q in generate(tuple(GENERATED), 3, seed=2)} & {texts_of(q) for q in few}
     assert {q.task for q in few} == set(GENERATED)
 
 
