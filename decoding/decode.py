@@ -79,7 +79,8 @@ class Plan:
 def start(plan: Plan, params: Any, prompts: Prompts, call: Call) -> DecodeState:
     """Reads the prompts into the cache and returns the state before the first step. Pure."""
     steps = plan.steps()
-    cache = prefill(plan.model, target_params(params), prompts, plan.num_slots(prompts.tokens.shape[1]))
+    slots = plan.num_slots(prompts.tokens.shape[1])
+    cache = prefill(plan.model, target_params(params), prompts, slots, steps.policy.read)
     last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
     return init_state(cache, last, call.limit, plan.room, steps.most, steps.init(params, prompts, cache, call))
 

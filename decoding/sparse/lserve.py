@@ -10,7 +10,10 @@ Gates: a high one says that a head needs what stands between sink and window. Th
 `head_gates` measures them, as the share of attention that falls there. Of all layers and heads together the share
 `streaming` with the lowest gates streams.
 
-Notes: prompts are read with dense attention. Lists of pages are per query head, as in the paper; with `grouped` the
+Prompts are read with the same split: streaming heads see the first `sink` tokens and the last `prompt_local`, the others
+everything.
+
+Notes: lists of pages are per query head, as in the paper; with `grouped` the
 query heads of a key/value head share one, by the highest score. Bounds of a page are computed when it is full, from its
 keys, in place of being brought up to date by each token; the newest page needs none. All pages are read where history
 and newest token fit the budget. A tree's rows share the choice of its root. A layer with a sliding window of its own
@@ -30,11 +33,28 @@ from flax import struct
 
 from decoding.method import Method, Policy, Steps
 from decoding.sparse.pages import PageBounds, all_bounds, chosen_pages, page_scores, page_slots, renewed
-from decoding.sparse.selected import own_window, rows_of_sets, selected_attention, window_attention, with_tree
+from decoding.sparse.selected import (
+    chain,
+    chunk_attention,
+    merged,
+    own_window,
+    rows_of_sets,
+    selected_attention,
+    window_attention,
+    with_tree,
+)
 from decoding.sparse.steps import SparseOptions, policy_steps
 from decoding.sparse.streaming import check_window
-from models.attention import Attend, append_rows, attention_scores, dense_attend, visible_softmax
-from models.cache import KVCache, LayerCache
+from models.attention import (
+    Attend,
+    append_rows,
+    attention_scores,
+    dense_attend,
+    masked_attention,
+    visible_slots,
+    visible_softmax,
+)
+from models.cache import KVCache, LayerCache, append
 from models.config import AttentionConfig, DecoderConfig
 from models.decoder import Decoder
 from models.errors import InputError
@@ -55,7 +75,8 @@ class LServeOptions(SparseOptions):
         gates: one number per layer and key/value head (`head_gates`); None: no head streams.
         streaming: share of the heads that stream, 0 to 1, where there are gates.
         sink: first tokens that a streaming head sees.
-        local: last tokens that it sees.
+        local: last tokens that it sees while decoding.
+        prompt_local: last tokens that it sees while prompts are read.
     """
 
     budget: int = 4096
@@ -67,10 +88,12 @@ class LServeOptions(SparseOptions):
     streaming: float = 0.5
     sink: int = 128
     local: int = 256
+    prompt_local: int = 8192
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_window(self.sink, self.local)
+        check_window(self.sink, self.prompt_local, "prompt_local")
         for name in ("logical", "reuse"):
             value = getattr(self, name)
             if value < 1 or self.page % value:
@@ -124,6 +147,10 @@ def retrieval_heads(config: DecoderConfig, gates: Gates | None, streaming: float
 def lserve_policy(config: DecoderConfig, options: LServeOptions) -> Policy:
     """Returns the policy. Its context is `TreeRows`, whose memory holds a `PageMemory` or None for each layer."""
     retrieval = retrieval_heads(config, options.gates, options.streaming)
+    streaming = tuple(
+        tuple(head for head in range(block.attention.num_kv_heads) if head not in heads)
+        for block, heads in zip(config.blocks, retrieval, strict=True)
+    )
     layers = [block.attention for block in config.blocks]
     paged = [bool(heads) and layer.window is None for heads, layer in zip(retrieval, layers, strict=True)]
 
@@ -137,20 +164,31 @@ def lserve_policy(config: DecoderConfig, options: LServeOptions) -> Policy:
         if config.window is not None:
             return own_window(q, k, v, cache, ctx, config=config, layer=layer)
         cache = append_rows(cache, k, v, ctx)
-        streams = [head for head in range(config.num_kv_heads) if head not in retrieval[layer]]
         parts, memory = [], ctx.memory[layer]
         if paged[layer]:
             out, memory = _paged(options, retrieval[layer], q, cache, ctx, memory, config)
             parts.append(out)
-        if streams:
+        if streaming[layer]:
             window = functools.partial(window_attention, sink=options.sink, local=options.local)
-            parts.append(window(q, cache, ctx, config, kv_heads=streams))
-        order = np.argsort([*retrieval[layer], *streams])
-        out = jnp.concatenate(parts, axis=2)[:, :, order]
+            parts.append(window(q, cache, ctx, config, kv_heads=streaming[layer]))
         memories = tuple(memory if index == layer else other for index, other in enumerate(ctx.memory))
-        return out.reshape(q.shape).astype(q.dtype), cache, ctx.replace(memory=memories)
+        return together(parts, layer, q), cache, ctx.replace(memory=memories)
 
-    return Policy(attend, init)
+    def read(q, k, v, cache, ctx, *, config, layer):
+        if config.window is not None or not streaming[layer]:
+            return dense_attend(q, k, v, cache, ctx, config=config, layer=layer)
+        cache = append(cache, k, v)
+        window = functools.partial(chunk_attention, sink=options.sink, local=options.prompt_local)
+        parts = [window(q, cache, config, kv_heads=streaming[layer])]
+        if retrieval[layer]:
+            parts.insert(0, _causal(q, cache, retrieval[layer], config))
+        return together(parts, layer, q), cache, ctx
+
+    def together(parts: list[jax.Array], layer: int, q: jax.Array) -> jax.Array:
+        order = np.argsort([*retrieval[layer], *streaming[layer]])
+        return merged(jnp.concatenate(parts, axis=2)[:, :, order], q)
+
+    return Policy(attend, init, read)
 
 
 def _first_memory(
@@ -182,6 +220,15 @@ def _paged(options, kv_heads, q, cache, ctx, memory: PageMemory, config: Attenti
     out = selected_attention(q[:, :, heads], cache, kv, slots, visible, config)
     out = out.reshape(*out.shape[:2], len(kv_heads), group, -1)
     return out, PageMemory(bounds, pages, jnp.where(due, start, memory.chosen_at))
+
+
+def _causal(q: jax.Array, cache: LayerCache, kv_heads: tuple[int, ...], config: AttentionConfig) -> jax.Array:
+    """Returns dense attention [B, T, J, G, Dh] of some heads; the cache has the T new rows behind its length."""
+    heads, kv = rows_of_sets(config, True, kv_heads)
+    visible = visible_slots(cache.length, chain(q.shape[1]), q.shape[1], cache.k.shape[2], None)
+    config = dataclasses.replace(config, num_heads=heads.size, num_kv_heads=len(kv))
+    out = masked_attention(q[:, :, heads.reshape(-1)], cache.k[:, kv], cache.v[:, kv], visible, config)
+    return out.reshape(*out.shape[:2], *heads.shape, -1).astype(jnp.float32)
 
 
 def head_gates(model: Decoder, params: Any, tokens: jax.Array, *, sink: int = 128, local: int = 256) -> Gates:

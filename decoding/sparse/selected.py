@@ -20,6 +20,8 @@ from models.cache import LayerCache
 from models.config import AttentionConfig
 from models.kernels import PRECISION
 
+BLOCK = 128  # tokens of a prompt that share what they read
+
 
 def rows_of_sets(config: AttentionConfig, shared: bool, kv_heads: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Returns which heads the sets are for.
@@ -153,6 +155,26 @@ def window_attention(
     seen = rows.replace(ancestors=rows.ancestors & near)
     slots, visible = with_tree(slots, visible, start, seen, num_new)
     return selected_attention(q[:, :, heads], cache, kv, slots, visible, config)
+
+
+def chain(num_rows: int) -> TreeRows:
+    """Returns tokens that follow each other, as rows of a tree."""
+    return TreeRows(jnp.tril(jnp.ones((1, num_rows, num_rows), bool)), jnp.arange(num_rows)[None, :])
+
+
+def chunk_attention(
+    q: jax.Array, cache: LayerCache, config: AttentionConfig, *, sink: int, local: int, kv_heads: Sequence[int]
+) -> jax.Array:
+    """`window_attention` of many tokens that follow each other: block by block, each with what its rows see.
+
+    A token costs sink + local + `BLOCK` products, however long the text is.
+    """
+    parts = []
+    for first in range(0, q.shape[1], BLOCK):
+        part, behind = q[:, first : first + BLOCK], cache.replace(length=cache.length + first)
+        rows = chain(part.shape[1])
+        parts.append(window_attention(part, behind, rows, config, sink=sink, local=local, kv_heads=kv_heads))
+    return jnp.concatenate(parts, axis=1)
 
 
 def own_window(q, k, v, cache, ctx: TreeRows, *, config, layer):

@@ -1,5 +1,6 @@
 """LServe against a slow reference, dense decoding, and what its pages promise."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,7 @@ from decoding.autoregressive import DENSE
 from decoding.sparse import lserve
 from decoding.sparse.lserve import LServeOptions, head_gates, lserve_policy, retrieval_heads
 from decoding.sparse.pages import PageBounds, all_bounds, chosen_pages, page_bounds, page_scores, page_slots, renewed
-from models.attention import TreeRows, dense_attend, tree_attend
+from models.attention import TreeRows, attention_output, attention_scores, dense_attend, tree_attend, visible_softmax
 from models.cache import init_cache
 from models.errors import InputError
 from tests.support.decode_reference import texts
@@ -145,6 +146,59 @@ def test_its_text_is_what_the_slow_reference_would_write(deep):
         assert (logits[np.arange(NEW), text] > logits.max(axis=1) - 1e-3).all()
 
 
+READ = {**SIZES, "gates": GATES, "sink": 2, "local": 3}
+LONG = [np.random.default_rng(length).integers(0, 61, length).tolist() for length in (58, 5, 33)]
+
+
+def read_keys(deep, prompt_local: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Returns f[B, K, S, Dh] of each layer, and the lengths, after prompts were read."""
+    fn = make_decode_fn(deep[0], "lserve", max_new_tokens=3, **READ, prompt_local=prompt_local)
+    cache = fn.start(deep[1], *fn.inputs(LONG)).cache
+    return [np.asarray(k) for k in cache.k], np.asarray(cache.length)
+
+
+def masked_keys(deep, prompt: list[int], prompt_local: int) -> list[np.ndarray]:
+    """Returns f[K, T, Dh] of each layer, from one pass in which streaming heads have a mask."""
+    retrieval, place = retrieval_heads(deep[0].config, GATES, 0.5), jnp.arange(len(prompt))
+    behind = place[:, None] - place[None, :]
+
+    def attend(q, k, v, cache, ctx, *, config, layer):
+        reach = prompt_local if config.window is None else config.window
+        near = (behind < reach) | ((place < READ["sink"]) & (config.window is None))[None, :]
+        near = (behind >= 0) & near
+        dense = [config.window is None and head in retrieval[layer] for head in range(config.num_kv_heads)]
+        visible = jnp.stack([behind >= 0 if whole else near for whole in dense])
+        weights = visible_softmax(attention_scores(q, jnp.swapaxes(k, 1, 2), config), visible[None, :, None])
+        return attention_output(weights, jnp.swapaxes(v, 1, 2)), cache, (*ctx, k[0])
+
+    apply = jax.jit(functools.partial(deep[0].apply, attend=attend, ctx=()))
+    return [np.swapaxes(k, 0, 1) for k in apply({"params": deep[1]}, jnp.asarray([prompt], jnp.int32)).aux]
+
+
+@pytest.mark.parametrize("prompt_local", [1, 7])
+def test_streaming_heads_read_prompts_in_their_window(deep, monkeypatch, prompt_local):
+    """In chunks of 16 tokens and blocks of 6 it equals the masked definition; a wider window shows."""
+    monkeypatch.setattr("decoding.prefill.CHUNK", 16)
+    monkeypatch.setattr("decoding.sparse.selected.BLOCK", 6)
+    found, lengths = read_keys(deep, prompt_local)
+    assert lengths.tolist() == [len(prompt) - 1 for prompt in LONG]
+    for row, prompt in enumerate(LONG):
+        expected = masked_keys(deep, prompt[:-1], prompt_local)
+        for layer, keys in enumerate(expected):
+            np.testing.assert_allclose(found[layer][row, :, : len(prompt) - 1], keys, rtol=1e-3, atol=1e-3)
+    wider = masked_keys(deep, LONG[0][:-1], prompt_local + 1)[4]
+    assert np.abs(found[4][0, :, : len(LONG[0]) - 1] - wider).max() > 0.05
+
+
+def test_prompts_inside_the_window_are_read_densely(deep, monkeypatch):
+    monkeypatch.setattr("decoding.sparse.selected.BLOCK", 10)
+    found = read_keys(deep, 64)[0]
+    dense = make_decode_fn(deep[0], "sample", max_new_tokens=3)
+    expected = dense.start(deep[1], *dense.inputs(LONG)).cache.k
+    for layer in range(5):
+        np.testing.assert_allclose(found[layer][0, :, :57], np.asarray(expected[layer])[0, :, :57], atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def keys() -> np.ndarray:
     return np.random.default_rng(1).normal(size=(2, 3, 48, 8)).astype(np.float32)
@@ -259,6 +313,7 @@ def test_rows_of_a_tree_share_the_choice_of_its_root(deep):
         ({"streaming": 1.5}, "streaming must be a share of the heads, 0 to 1; got 1.5"),
         ({"gates": [[1.0, 0.5]]}, "gates must have one number per layer and key/value head: 5 layers of 2"),
         ({"local": 0}, "local 1 or more"),
+        ({"prompt_local": 0}, "prompt_local 1 or more"),
     ],
 )
 def test_wrong_options_are_refused(deep, options, message):
@@ -295,7 +350,15 @@ def test_pages_cost_the_same_at_any_context_length(deep):
         jaxpr = jax.make_jaxpr(one)(q, k, k, cache.layer(0), rows).jaxpr
         return list(made_in(jaxpr))
 
-    grown = {(one, two) for one, two in zip(shapes(400), shapes(800), strict=True) if one != two}
+    def read(slots: int) -> list[tuple[int, ...]]:
+        cache = init_cache([config] * 5, 1, slots, jnp.float32)
+        q, k = jnp.zeros((1, 16, 4, 8)), jnp.zeros((1, 16, 2, 8))
+        streaming = dataclasses.replace(options, gates=GATES, streaming=1.0, prompt_local=20)
+        one = functools.partial(lserve_policy(deep[0].config, streaming).read, config=config, layer=0)
+        return list(made_in(jax.make_jaxpr(lambda *args: one(*args, None))(q, k, k, cache.layer(0)).jaxpr))
+
     cache_like = {((1, 2, 400, 8), (1, 2, 800, 8)), ((2, 400, 8), (2, 800, 8)), ((800, 8), (1600, 8))}
+    assert {(one, two) for one, two in zip(read(400), read(800), strict=True) if one != two} <= cache_like
+    grown = {(one, two) for one, two in zip(shapes(400), shapes(800), strict=True) if one != two}
     assert grown & cache_like
     assert all(np.prod(two) <= 2 * 200 * 8 for one, two in grown - cache_like), grown
