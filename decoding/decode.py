@@ -82,7 +82,8 @@ def start(plan: Plan, params: Any, prompts: Prompts, call: Call) -> DecodeState:
     slots = plan.num_slots(prompts.tokens.shape[1])
     cache = prefill(plan.model, target_params(params), prompts, slots, steps.policy.read)
     last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
-    return init_state(cache, last, call.limit, plan.room, steps.most, steps.init(params, prompts, cache, call))
+    carry = steps.init(params, prompts, cache, call)
+    return init_state(steps.policy.keep(cache), last, call.limit, plan.room, steps.most, carry)
 
 
 def advance(plan: Plan, params: Any, state: DecodeState, max_steps: jax.Array) -> DecodeState:

@@ -54,11 +54,13 @@ class Policy(NamedTuple):
             layer is what the first layer of the next step finds there.
         init: cache -> that memory before the first step, with the prompts read.
         read: while it reads prompts, chunk by chunk; its context is None.
+        keep: cache -> the form that it is kept in from the first step on.
     """
 
     attend: Attend = dense_attend
     init: Callable[[KVCache], Any] = lambda cache: None
     read: Attend = dense_attend
+    keep: Callable[[KVCache], KVCache] = lambda cache: cache
 
 
 class Steps(NamedTuple):

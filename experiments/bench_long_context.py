@@ -1,4 +1,6 @@
-"""Times decoding behind long contexts: `python -m experiments.bench_long_context --config configs/bench/long_context.yaml`.
+"""Times decoding behind long contexts.
+
+    python -m experiments.bench_long_context --config configs/bench/long_context.yaml
 
 For every method and context length, batch 1, float32, on the model's own weights:
 

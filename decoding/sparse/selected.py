@@ -19,6 +19,7 @@ from models.attention import TreeRows, append_rows, scaled, visible_softmax
 from models.cache import LayerCache
 from models.config import AttentionConfig
 from models.kernels import PRECISION
+from models.quantized_cache import QuantizedSlots, gathered
 
 BLOCK = 128  # tokens of a prompt that share what they read
 
@@ -40,16 +41,16 @@ def rows_of_sets(config: AttentionConfig, shared: bool, kv_heads: Sequence[int])
     return (heads, kv) if shared else (heads.reshape(-1, 1), np.repeat(kv, group))
 
 
-def gather_slots(cached: jax.Array, kv_heads: np.ndarray, slots: jax.Array) -> jax.Array:
+def gather_slots(cached: jax.Array | QuantizedSlots, kv_heads: np.ndarray, slots: jax.Array) -> jax.Array:
     """Returns [B, X, J, N, Dh]: slots i32[B, X, J, N] of cached [B, K, S, Dh], set j from head kv_heads[j].
 
     Slots out of range give the nearest one. Rows are taken from one long list: a gather along the axis S of some heads
     would copy these heads first.
     """
-    batch, num_heads, num_slots, width = cached.shape
+    batch, num_heads, num_slots, _ = cached.shape
     first = (jnp.arange(batch, dtype=jnp.int32)[:, None] * num_heads + kv_heads[None, :]) * num_slots
     rows = first[:, None, :, None] + jnp.clip(slots, 0, num_slots - 1)
-    return cached.reshape(-1, width).at[rows].get(mode="promise_in_bounds")
+    return gathered(cached, lambda x: x.reshape(-1, x.shape[3]).at[rows].get(mode="promise_in_bounds"))
 
 
 def selected_attention(

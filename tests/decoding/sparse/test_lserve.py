@@ -11,11 +11,22 @@ import pytest
 from decoding import make_decode_fn
 from decoding.autoregressive import DENSE
 from decoding.sparse import lserve
-from decoding.sparse.lserve import LServeOptions, head_gates, lserve_policy, retrieval_heads
-from decoding.sparse.pages import PageBounds, all_bounds, chosen_pages, page_bounds, page_scores, page_slots, renewed
+from decoding.sparse.gates import head_gates, retrieval_heads
+from decoding.sparse.lserve import LServeOptions, lserve_policy
+from decoding.sparse.pages import (
+    PageBounds,
+    all_bounds,
+    chosen_pages,
+    extended,
+    page_bounds,
+    page_scores,
+    page_slots,
+    renewed,
+)
 from models.attention import TreeRows, attention_output, attention_scores, dense_attend, tree_attend, visible_softmax
 from models.cache import init_cache
 from models.errors import InputError
+from models.quantized_cache import quantized
 from tests.support.decode_reference import texts
 from tests.support.sparse_reference import Rule, deep_model, fast_logits, slow_logits
 
@@ -199,6 +210,56 @@ def test_prompts_inside_the_window_are_read_densely(deep, monkeypatch):
         np.testing.assert_allclose(found[layer][0, :, :57], np.asarray(expected[layer])[0, :, :57], atol=1e-4)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_are_read_and_pages_chosen_by_the_keys_themselves(deep, bits):
+    """The same queries, keys and values for many steps: the same pages as without codes, their values from codes."""
+    config = deep[0].config.blocks[0].attention
+    sizes = {"budget": 12, "page": 4, "logical": 2, "reuse": 2, "gates": GATES, "sink": 2, "local": 3}
+    rng, start = np.random.default_rng(7), jnp.array([5, 18])
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    empty = init_cache([config] * 5, 2, 40, jnp.float32)
+    stored = jax.tree.map(lambda x: normal(*x.shape) if x.ndim == 4 else start, empty)
+    steps = [(normal(2, 1, 4, 8), normal(2, 1, 2, 8), normal(2, 1, 2, 8)) for _ in range(14)]
+
+    def run(kv_bits, steps, change=lambda x: x):
+        policy = lserve_policy(deep[0].config, LServeOptions(**sizes, kv_bits=kv_bits))
+        rows = TreeRows(jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1), jnp.int32), policy.init(stored))
+        cache, outs, pages = jax.tree.map(change, policy.keep(stored)).layer(0), [], []
+        attend = jax.jit(functools.partial(policy.attend, config=config, layer=0))
+        for q, k, v in steps:
+            out, cache, rows = attend(q, k, v, cache, rows)
+            cache = cache.replace(length=cache.length + 1)
+            outs.append(np.asarray(out))
+            pages.append(np.asarray(rows.memory[0].pages))
+        return np.stack(outs), np.stack(pages)
+
+    rounded = lambda x: quantized(x, bits).values()  # noqa: E731
+    plain, pages = run(None, steps)
+    coded, chosen = run(bits, steps)
+    np.testing.assert_array_equal(chosen, pages)
+    assert 0.3 * 2.0**-bits < np.abs(coded - plain).max() < 10 * 2.0**-bits
+    # What is read are the codes' values: a cache of these values gives the same wherever it gives the same pages.
+    other, others = run(None, [(q, rounded(k), rounded(v)) for q, k, v in steps],
+                        lambda x: rounded(x) if x.ndim == 4 else x)  # fmt: skip
+    same = (others == pages).all(axis=(1, 2, 3))
+    assert same.any()
+    np.testing.assert_allclose(other[same], coded[same], atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_decoding_with_codes(tiny, bits):
+    """A ragged batch through the whole loop: a row does not depend on the others, and many bits change few tokens."""
+    options = {"budget": 96, "page": 8, "logical": 4, "kv_bits": bits}
+    fn = make_decode_fn(tiny[0], "lserve", max_new_tokens=12, **options)
+    together = texts(fn(tiny[1], PROMPTS))
+    assert texts(fn(tiny[1], PROMPTS[1:2])) == together[1:2]
+    state = fn.start(tiny[1], *fn.inputs(PROMPTS))
+    assert {x.bits for x in (*state.cache.k, *state.cache.v)} == {bits}
+    if bits == 8:
+        greedy = texts(make_decode_fn(tiny[0], max_new_tokens=12)(tiny[1], PROMPTS))
+        assert [text[0] for text in together] == [text[0] for text in greedy]
+
+
 @pytest.fixture(scope="module")
 def keys() -> np.ndarray:
     return np.random.default_rng(1).normal(size=(2, 3, 48, 8)).astype(np.float32)
@@ -221,7 +282,8 @@ def test_bounds_kept_during_decoding_equal_those_of_the_whole_prompt(keys):
     """Slots hold garbage until they are written; at each step the bounds of all full pages are right."""
     heads, page, logical = np.array([0, 2]), 8, 2
     garbage = jnp.where(jnp.arange(48)[None, None, :, None] < 11, jnp.asarray(keys), 1e6)
-    bounds = all_bounds(garbage, heads, page, logical)
+    length = jnp.array([11, 11])
+    bounds = more = all_bounds(garbage, heads, page, logical, length)
     expected = page_bounds(jnp.asarray(keys)[:, heads], logical)
     for start in range(11, 49):
         written = jnp.where(jnp.arange(48)[None, None, :, None] <= start, jnp.asarray(keys), 1e6)
@@ -229,12 +291,15 @@ def test_bounds_kept_during_decoding_equal_those_of_the_whole_prompt(keys):
         full = start // page * (page // logical)
         for name in ("high", "low"):
             np.testing.assert_array_equal(getattr(bounds, name)[:, :, :full], getattr(expected, name)[:, :, :full])
-    assert (np.asarray(all_bounds(garbage, heads, page, logical).high)[:, :, 8:] == 1e6).all()
+            np.testing.assert_array_equal(getattr(more, name)[:, :, :full], getattr(expected, name)[:, :, :full])
+        if start < 48:
+            more = extended(more, jnp.asarray(keys)[:, heads, start], jnp.array([start, start]), logical)
+    assert np.abs(np.asarray(all_bounds(garbage, heads, page, logical, length).high)[:, :, :6]).max() < 1e6
 
 
 def test_a_cache_that_ends_inside_a_page(keys):
     short = jnp.asarray(keys[:, :, :45])
-    bounds = all_bounds(short, np.array([0, 1, 2]), 8, 2)
+    bounds = all_bounds(short, np.array([0, 1, 2]), 8, 2, jnp.array([45, 45]))
     assert bounds.high.shape == (2, 3, 24, 8)
     np.testing.assert_array_equal(bounds.high[:, :, :20], page_bounds(short[:, :, :40], 2).high)
 
@@ -314,6 +379,8 @@ def test_rows_of_a_tree_share_the_choice_of_its_root(deep):
         ({"gates": [[1.0, 0.5]]}, "gates must have one number per layer and key/value head: 5 layers of 2"),
         ({"local": 0}, "local 1 or more"),
         ({"prompt_local": 0}, "prompt_local 1 or more"),
+        ({"kv_bits": 3}, "kv_bits must be 4 or 8, or None"),
+        ({"kv_bits": 8, "drafted": 2}, "leave out drafted, or kv_bits"),
     ],
 )
 def test_wrong_options_are_refused(deep, options, message):
