@@ -11,19 +11,13 @@ import pytest
 from decoding import make_decode_fn
 from decoding.autoregressive import DENSE
 from decoding.sparse import lserve
-from decoding.sparse.gates import head_gates, retrieval_heads
+from decoding.sparse.gates import retrieval_heads
 from decoding.sparse.lserve import LServeOptions, lserve_policy
 from decoding.sparse.pages import (
     PageBounds,
-    all_bounds,
     chosen_pages,
-    extended,
-    page_bounds,
-    page_scores,
-    page_slots,
-    renewed,
 )
-from models.attention import TreeRows, attention_output, attention_scores, dense_attend, tree_attend, visible_softmax
+from models.attention import TreeRows, attention_output, attention_scores, tree_attend, visible_softmax
 from models.cache import init_cache
 from models.errors import InputError
 from models.quantized_cache import quantized
@@ -260,94 +254,6 @@ def test_decoding_with_codes(tiny, bits):
         assert [text[0] for text in together] == [text[0] for text in greedy]
 
 
-@pytest.fixture(scope="module")
-def keys() -> np.ndarray:
-    return np.random.default_rng(1).normal(size=(2, 3, 48, 8)).astype(np.float32)
-
-
-@pytest.mark.parametrize("logical", [1, 2, 4, 8])
-def test_scores_bound_every_product_in_the_page(keys, logical):
-    q = np.random.default_rng(2).normal(size=(2, 3, 2, 8)).astype(np.float32)
-    scores = np.asarray(page_scores(jnp.asarray(q), page_bounds(jnp.asarray(keys), logical), 6))
-    best = np.einsum("bkgd,bksd->bkgs", q, keys).reshape(2, 3, 2, 6, 8).max(axis=4)
-    assert (scores >= best - 1e-5).all()
-    if logical == 1:
-        np.testing.assert_allclose(scores, best, rtol=1e-5, atol=1e-5)
-    whole = np.asarray(page_scores(jnp.asarray(q), page_bounds(jnp.asarray(keys), 8), 6))
-    assert (scores <= whole + 1e-5).all()
-    assert logical == 8 or (scores < whole - 0.1).any()
-
-
-def test_bounds_kept_during_decoding_equal_those_of_the_whole_prompt(keys):
-    """Slots hold garbage until they are written; at each step the bounds of all full pages are right."""
-    heads, page, logical = np.array([0, 2]), 8, 2
-    garbage = jnp.where(jnp.arange(48)[None, None, :, None] < 11, jnp.asarray(keys), 1e6)
-    length = jnp.array([11, 11])
-    bounds = more = all_bounds(garbage, heads, page, logical, length)
-    expected = page_bounds(jnp.asarray(keys)[:, heads], logical)
-    for start in range(11, 49):
-        written = jnp.where(jnp.arange(48)[None, None, :, None] <= start, jnp.asarray(keys), 1e6)
-        bounds = renewed(bounds, written, heads, jnp.array([start, start]), page)
-        full = start // page * (page // logical)
-        for name in ("high", "low"):
-            np.testing.assert_array_equal(getattr(bounds, name)[:, :, :full], getattr(expected, name)[:, :, :full])
-            np.testing.assert_array_equal(getattr(more, name)[:, :, :full], getattr(expected, name)[:, :, :full])
-        if start < 48:
-            more = extended(more, jnp.asarray(keys)[:, heads, start], jnp.array([start, start]), logical)
-    assert np.abs(np.asarray(all_bounds(garbage, heads, page, logical, length).high)[:, :, :6]).max() < 1e6
-
-
-def test_a_cache_that_ends_inside_a_page(keys):
-    short = jnp.asarray(keys[:, :, :45])
-    bounds = all_bounds(short, np.array([0, 1, 2]), 8, 2, jnp.array([45, 45]))
-    assert bounds.high.shape == (2, 3, 24, 8)
-    np.testing.assert_array_equal(bounds.high[:, :, :20], page_bounds(short[:, :, :40], 2).high)
-
-
-def test_chosen_pages_are_the_best_full_ones_and_the_newest():
-    scores = jnp.asarray(np.random.default_rng(4).normal(size=(3, 2, 9)), jnp.float32).at[:, :, 6:].set(99.0)
-    pages = np.asarray(chosen_pages(scores, jnp.array([6, 2, 0]), 4))
-    for row, newest in enumerate((6, 2, 0)):
-        for head, chosen in enumerate(pages[row]):
-            assert chosen[-1] == newest
-            best = np.argsort(-np.asarray(scores)[row, head, :newest])[:3]
-            assert sorted(chosen[:-1]) == sorted([*best, *[-1] * (3 - len(best))])
-    slots, visible = page_slots(jnp.asarray(pages[:1]), 4, jnp.array([25]))
-    expected = [slot for page in pages[0, 0] for slot in range(4 * page, 4 * page + 4)]
-    assert slots[0, 0, 0].tolist() == expected
-    assert visible[0, 0, 0].tolist() == [slot < 25 for slot in expected]
-    assert not page_slots(jnp.full((1, 1, 2), -1), 4, jnp.array([25]))[1].any()
-
-
-def test_the_share_with_the_lowest_gates_streams():
-    config = deep_model()[0].config
-    assert retrieval_heads(config, GATES, 0.5) == ((0,), (0, 1), (), (), (0,))
-    assert retrieval_heads(config, GATES, 0.0) == ((0, 1),) * 3 + ((),) + ((0, 1),)
-    assert retrieval_heads(config, GATES, 1.0) == ((),) * 5
-    assert retrieval_heads(config, None, 0.5) == ((0, 1),) * 5
-    assert retrieval_heads(config, ((0.5, 0.5),) * 5, 0.5) == ((), (), (0, 1), (), (0, 1))
-
-
-def test_gates_are_the_attention_that_a_window_loses(deep):
-    model, params = deep
-    sink, local, tokens = 2, 6, jnp.asarray(np.random.default_rng(5).integers(0, 61, (2, 40)), jnp.int32)
-    gates = np.asarray(head_gates(model, params, tokens, sink=sink, local=local))
-    assert gates.shape == (5, 2) and (gates[3] == 0).all() and (gates[:3] > 0).all() and (gates < 1).all()
-
-    def attend(q, k, v, cache, ctx, *, config, layer):
-        return *dense_attend(q, k, v, cache, None, config=config, layer=layer)[:2], (*ctx, (q, k))
-
-    seen = jax.jit(functools.partial(model.apply, attend=attend, ctx=()))({"params": params}, tokens).aux
-    for layer in (0, 2):
-        q, k = np.asarray(seen[layer][0]), np.asarray(seen[layer][1])
-        shares = np.zeros((2, 4, 40))
-        for row, head, t in np.ndindex(2, 4, 40):
-            scores = k[row, : t + 1, head // 2] @ q[row, t, head] * 8**-0.5
-            weights = np.exp(scores - scores.max())
-            shares[row, head, t] = weights[sink : max(t - local + 1, sink)].sum() / weights.sum()
-        np.testing.assert_allclose(gates[layer], shares.reshape(2, 2, 2, 40).mean(axis=(0, 2, 3)), atol=1e-5)
-
-
 def test_rows_of_a_tree_share_the_choice_of_its_root(deep):
     """A chain read at once, with every page chosen, equals tree attention; the choice is kept for the next step."""
     config = deep[0].config.blocks[0].attention
@@ -386,11 +292,6 @@ def test_rows_of_a_tree_share_the_choice_of_its_root(deep):
 def test_wrong_options_are_refused(deep, options, message):
     with pytest.raises(InputError, match=message):
         make_decode_fn(deep[0], "lserve", **options)
-
-
-def test_gates_need_longer_texts(deep):
-    with pytest.raises(InputError, match="texts of 8 tokens have nothing between sink 4 and window 4"):
-        head_gates(*deep, jnp.zeros((1, 8), jnp.int32), sink=4, local=4)
 
 
 def made_in(jaxpr):
