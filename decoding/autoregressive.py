@@ -85,7 +85,7 @@ def sampling_steps(model: Decoder, stop_tokens: tuple[int, ...], policy: Policy 
         token, carry = choose(logits, state.carry.replace(memory=memory), state.lengths)
         return emit(state.replace(carry=carry), token[:, None], jnp.ones_like(token), stop_tokens)
 
-    return Steps(init, step)
+    return Steps(init, step, policy)
 
 
 def make_sample(model: Decoder, options: NoOptions, stop_tokens: tuple[int, ...]) -> Steps:

@@ -77,11 +77,6 @@ class Plan:
         return bucket + self.room + self.steps().rows - 1 if self.cache_slots is None else max(self.cache_slots, bucket)
 
 
-def read(plan: Plan, params: Any, prompts: Prompts) -> KVCache:
-    """Reads the prompts into a cache. Pure; the same for all methods whose steps need as many slots."""
-    return prefill(plan.model, target_params(params), prompts, plan.num_slots(prompts.tokens.shape[1]))
-
-
 def start(plan: Plan, params: Any, prompts: Prompts, call: Call, cache: KVCache | None = None) -> DecodeState:
     """Returns the state before the first step. Pure.
 
@@ -90,12 +85,16 @@ def start(plan: Plan, params: Any, prompts: Prompts, call: Call, cache: KVCache 
         params: the model's parameters.
         prompts: the batch.
         call: what the user has set.
-        cache: what `read` gives for these prompts, to start from; None: they are read here.
+        cache: one of the plan's size that holds the prompts but for their last tokens (`decoding.prefill`); None: they
+            are read here, as the method reads them.
     """
     steps = plan.steps()
-    cache = read(plan, params, prompts) if cache is None else cache
+    if cache is None:
+        slots = plan.num_slots(prompts.tokens.shape[1])
+        cache = prefill(plan.model, target_params(params), prompts, slots, steps.policy.read)
     last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
-    return init_state(cache, last, call.limit, plan.room, steps.most, steps.init(params, prompts, cache, call))
+    carry = steps.init(params, prompts, cache, call)
+    return init_state(steps.policy.keep(cache), last, call.limit, plan.room, steps.most, carry)
 
 
 def advance(plan: Plan, params: Any, state: DecodeState, max_steps: jax.Array) -> DecodeState:
@@ -212,7 +211,7 @@ class DecodeFn:
         """Returns (start, advance) compiled for arrays of these shapes, with the signatures of the two methods above.
 
         For callers who want compilation to be a step of its own. With `cache_slots`, prompts of all buckets share one
-        compiled `advance`. Where a cache is given, `start` takes one too, that holds the prompts (`read`).
+        compiled `advance`. Where a cache is given, `start` takes one too (see the function of that name).
         """
         steps = jnp.asarray(self.plan.room, jnp.int32)
         start_compiled = _start.lower(self.plan, params, prompts, call, *cache).compile()

@@ -1,7 +1,7 @@
 """Perplexity of a long text that is read token by token: `python -m experiments.bench`, `type: long_text`.
 
-Each row is a way to attend. The first `prompt` tokens are read densely; from there on every token is read in a step of
-its own, as in decoding, with what the row's attention has left in the cache before. Perplexity is that of the tokens
+Each row is a way to attend. The first `prompt` tokens are read as a prompt; from there on every token is read in a step
+of its own, as in decoding, with what the row's attention has left in the cache before. Perplexity is that of the tokens
 between one length and the next; the time of a step is the mean over all of them, with a cache for the whole text.
 
 The last line printed is one JSON object; the same figures go to a page that `experiments.results` takes up.
@@ -18,9 +18,7 @@ import numpy as np
 
 from experiments.loading import Loader
 from experiments.runtime import machine, setup_runtime
-from models.errors import InputError, unknown_name
-
-DENSE = "greedy"
+from models.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +26,7 @@ class TextRow:
     """A way to attend: a method, of which the attention alone is used, and how it is set."""
 
     name: str = "dense"
-    method: str = DENSE
+    method: str = "greedy"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -40,7 +38,7 @@ class LongTextConfig:
     model: str = "smollm2-135m-instruct"  # a registry name, a .gguf file, or a model folder
     dtype: Literal["float32", "bfloat16"] | None = None  # None: as stored (GGUF: float32)
     texts: tuple[Path, ...] = (Path("README.md"),)  # files, read as one text in this order
-    prompt: int = 512  # first tokens, which are read densely
+    prompt: int = 512  # first tokens, which are read as a prompt
     lengths: tuple[int, ...] = (2048, 4096, 8192)  # tokens; the text is cut at the last one
     rows: tuple[TextRow, ...] = (TextRow(),)
     out: Path = Path("results/long_text/cpu")
@@ -53,33 +51,16 @@ class LongTextConfig:
             raise ValueError("there must be a text and a row, and rows must have names of their own")
 
 
-def policy_of(model: Any, method: str, options: dict[str, Any]) -> Any:
-    """Returns the attention policy of a method with these options.
-
-    Raises:
-        InputError: a method that has none, or options that are about more than attention.
+def policy_of(model: Any, row: TextRow, options: dict[str, Any]) -> Any:
+    """Returns the attention policy of a row's method with these options; raises InputError where they are about more
+    than attention.
     """
     from decoding import make_decode_fn
-    from decoding.autoregressive import DENSE as DENSE_POLICY
-    from decoding.method import Policy
-    from decoding.sparse.lserve import lserve_policy
-    from decoding.sparse.streaming import streaming_attend
-    from decoding.sparse.tidal import layer_roles, tidal_attend
 
-    policies = {
-        DENSE: lambda chosen: DENSE_POLICY,
-        "streaming": lambda chosen: Policy(streaming_attend(chosen.sink, chosen.local)),
-        "tidal": lambda chosen: Policy(
-            tidal_attend(layer_roles(model.config, chosen.select), chosen.budget, chosen.grouped)
-        ),
-        "lserve": lambda chosen: lserve_policy(model.config, chosen),
-    }
-    if method not in policies:
-        raise unknown_name("method with an attention of its own", method, policies)
     for name in ("drafted", "correct_every"):
         if options.get(name):
-            raise InputError(f"{name} is not about attention: leave it out of a long text's rows")
-    return policies[method](make_decode_fn(model, method, **options).plan.options)
+            raise InputError(f"row {row.name!r} of a long text is about attention alone: leave out {name}")
+    return make_decode_fn(model, row.method, **options).plan.steps().policy
 
 
 def read_text(config: LongTextConfig, tokenizer: Any) -> np.ndarray:
@@ -103,9 +84,9 @@ def token_losses(model: Any, params: Any, policy: Any, tokens: np.ndarray, promp
     Args:
         model: the network.
         params: its parameters.
-        policy: how tokens behind the prompt attend.
+        policy: how they attend.
         tokens: i32[T], the text.
-        prompt: how many of them are read densely.
+        prompt: how many of them are read as a prompt.
     """
     import jax
     import jax.numpy as jnp
@@ -116,7 +97,8 @@ def token_losses(model: Any, params: Any, policy: Any, tokens: np.ndarray, promp
 
     padded = pad_prompts([tokens[:prompt]], model.config.vocab_size)
     num_slots = max(len(tokens), padded.tokens.shape[1])
-    cache = jax.jit(functools.partial(prefill, model, num_slots=num_slots))(params, prompts=padded)
+    read = functools.partial(prefill, model, num_slots=num_slots, attend=policy.read)
+    cache = jax.jit(read)(params, prompts=padded)
 
     def step(params, carry, pair):
         state, memory = carry
@@ -127,7 +109,8 @@ def token_losses(model: Any, params: Any, policy: Any, tokens: np.ndarray, promp
     @jax.jit
     def run(params, cache, tokens):
         state = init_state(cache, tokens[:1], jnp.ones((1,), jnp.int32), 1, 1, None)
-        return jax.lax.scan(functools.partial(step, params), (state, policy.init(cache)), (tokens[:-1], tokens[1:]))[1]
+        first = state.replace(cache=policy.keep(cache)), policy.init(cache)
+        return jax.lax.scan(functools.partial(step, params), first, (tokens[:-1], tokens[1:]))[1]
 
     forced = jnp.asarray(tokens[prompt - 1 :])
     compiled = run.lower(params, cache, forced).compile()
@@ -166,9 +149,7 @@ def bench_text(config: LongTextConfig) -> None:
             f"lengths end at {config.lengths[-1]}, the model's context is {model.config.max_length} tokens"
         )
     tokens = read_text(config, tokenizer)
-    policies = {
-        row.name: policy_of(model, row.method, loader.with_gates(config.model, row.options)) for row in config.rows
-    }
+    policies = {row.name: policy_of(model, row, loader.with_gates(config.model, row.options)) for row in config.rows}
     figures = {}
     for name, policy in policies.items():
         losses, seconds = token_losses(model, params, policy, tokens, config.prompt)

@@ -1,6 +1,6 @@
 """Which heads of `lserve` stream, where a config names a source in place of the gates themselves.
 
-    gates: measured     the share of attention that falls between sink and window (`decoding.sparse.lserve.head_gates`)
+    gates: measured     the share of attention that falls between sink and window (`decoding.sparse.gates.head_gates`)
     gates: 1            random gates of this seed: the control
 
 Gates are measured on documents that code writes, one of sentences and one of keys and values, each twice in a row: what
@@ -40,7 +40,7 @@ def gates_from(source: str | int, model: Any, params: Any, tokenizer: Any, *, si
         raise InputError(f"gates must be {MEASURED!r}, the seed of random ones, or the numbers; got {source!r}")
     import numpy as np
 
-    from decoding.sparse.lserve import head_gates
+    from decoding.sparse.gates import head_gates
 
     half = min(max(_TOKENS // 2, sink + local), model.config.max_length // 2)
     found = []

@@ -98,7 +98,7 @@ class TableConfig:
     dtype: Literal["float32", "bfloat16"] | None = None  # None: as stored (GGUF: float32)
     questions: Path = Path("configs/prompts/spec_bench.jsonl")  # a file in Spec-Bench's format, or a name on the hub
     generate: tuple[str, ...] = ()  # tasks that code writes (experiments.generated), in place of the questions' file
-    long_prompts: bool = False  # each is read once for all rows, and each task has caches of its own size
+    long_prompts: bool = False  # each is read densely once for all rows; each task has caches of its own size
     rows: tuple[TableRow, ...] = (TableRow(),)
     claims: tuple[Claim, ...] = ()
     preset: Literal["smoke", "cpu", "gpu"] = "cpu"

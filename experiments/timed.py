@@ -3,6 +3,7 @@
 Methods that are compared on long prompts may share the reading of them (`SharedPrompts`).
 """
 
+import functools
 import gc
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ class Seconds(NamedTuple):
 
 
 class SharedPrompts:
-    """Caches of prompts, each read once for all methods of one model whose caches have as many slots."""
+    """Caches of prompts, each read densely and once for all methods of one model whose caches are of one size."""
 
     def __init__(self):
         """Holds none yet."""
@@ -47,16 +48,19 @@ class SharedPrompts:
         import jax.numpy as jnp
         import numpy as np
 
-        from decoding.decode import read
+        from decoding.method import target_params
+        from decoding.prefill import prefill
 
-        plan = decode_fn.plan
-        shape = plan.num_slots(prompts.tokens.shape[1]), _shapes(prompts)
+        slots = decode_fn.plan.num_slots(prompts.tokens.shape[1])
+        shape = slots, _shapes(prompts)
         key = *shape, *(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(prompts))
         if key not in self._kept:
+            params = target_params(params)
             if shape not in self._compiled:
-                self._compiled[shape] = jax.jit(read, static_argnums=0).lower(plan, params, prompts).compile()
+                read = jax.jit(functools.partial(prefill, decode_fn.plan.model, num_slots=slots))
+                self._compiled[shape] = read.lower(params, prompts=prompts).compile()
             begin = time.perf_counter()
-            cache = jax.block_until_ready(self._compiled[shape](params, prompts))
+            cache = jax.block_until_ready(self._compiled[shape](params, prompts=prompts))
             self._kept[key] = cache, time.perf_counter() - begin
         cache, seconds = self._kept[key]
         return jax.block_until_ready(jax.tree.map(jnp.copy, cache)), seconds

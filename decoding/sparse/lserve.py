@@ -6,22 +6,22 @@ split once, by gates: *streaming* heads see the first `sink` tokens and the last
 (`decoding.sparse.pages`), and the page of the newest token, `budget` tokens in all. A choice is made anew whenever the
 number of tokens before the newest reaches a multiple of `reuse`, and used until then, layer by layer.
 
-Gates: a high one says that a head needs what stands between sink and window. The paper trains them (DuoAttention);
-`head_gates` measures them, as the share of attention that falls there. Of all layers and heads together the share
-`streaming` with the lowest gates streams.
+Of all layers and heads together the share `streaming` with the lowest gates (`decoding.sparse.gates`) streams. Prompts
+are read with the same split: streaming heads see the first `sink` tokens and the last `prompt_local`, the others
+everything. With `kv_bits` keys and values become codes of 8 or 4 bits once the prompts are read
+(`models.quantized_cache`); pages are still chosen by bounds of the keys themselves.
 
-Notes: prompts are read with dense attention. Lists of pages are per query head, as in the paper; with `grouped` the
-query heads of a key/value head share one, by the highest score. Bounds of a page are computed when it is full, from its
-keys, in place of being brought up to date by each token; the newest page needs none. All pages are read where history
-and newest token fit the budget. A tree's rows share the choice of its root. A layer with a sliding window of its own
-keeps that, and has no gates.
+Notes: lists of pages are per query head, as in the paper; with `grouped` the query heads of a key/value head share one,
+by the highest score. Bounds of a page are computed when it is full, from its keys, in place of being brought up to date
+by each token (but for codes); the newest page needs none. All pages are read where history and newest token fit the
+budget. A tree's rows share the choice of its root. A layer with a sliding window of its own keeps that, and has no
+gates.
 
 Axis letters: B batch, T new rows, H query heads, K key/value heads, G = H/K, J sets of pages, N pages chosen.
 """
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,17 +29,31 @@ import numpy as np
 from flax import struct
 
 from decoding.method import Method, Policy, Steps
-from decoding.sparse.pages import PageBounds, all_bounds, chosen_pages, page_scores, page_slots, renewed
-from decoding.sparse.selected import own_window, rows_of_sets, selected_attention, window_attention, with_tree
+from decoding.sparse.gates import Gates, retrieval_heads
+from decoding.sparse.pages import PageBounds, all_bounds, chosen_pages, extended, page_scores, page_slots, renewed
+from decoding.sparse.selected import (
+    chain,
+    chunk_attention,
+    merged,
+    own_window,
+    rows_of_sets,
+    selected_attention,
+    window_attention,
+    with_tree,
+)
 from decoding.sparse.steps import SparseOptions, policy_steps
 from decoding.sparse.streaming import check_window
-from models.attention import Attend, append_rows, attention_scores, dense_attend, visible_softmax
-from models.cache import KVCache, LayerCache
+from models.attention import (
+    append_rows,
+    dense_attend,
+    masked_attention,
+    visible_slots,
+)
+from models.cache import KVCache, LayerCache, append
 from models.config import AttentionConfig, DecoderConfig
 from models.decoder import Decoder
 from models.errors import InputError
-
-Gates = tuple[tuple[float, ...], ...]
+from models.quantized_cache import quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +69,9 @@ class LServeOptions(SparseOptions):
         gates: one number per layer and key/value head (`head_gates`); None: no head streams.
         streaming: share of the heads that stream, 0 to 1, where there are gates.
         sink: first tokens that a streaming head sees.
-        local: last tokens that it sees.
+        local: last tokens that it sees while decoding.
+        prompt_local: last tokens that it sees while prompts are read.
+        kv_bits: 8 or 4: after the prompts, keys and values are kept as codes; None: as they are.
     """
 
     budget: int = 4096
@@ -67,10 +83,13 @@ class LServeOptions(SparseOptions):
     streaming: float = 0.5
     sink: int = 128
     local: int = 256
+    prompt_local: int = 8192
+    kv_bits: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_window(self.sink, self.local)
+        check_window(self.sink, self.prompt_local, "prompt_local")
         for name in ("logical", "reuse"):
             value = getattr(self, name)
             if value < 1 or self.page % value:
@@ -83,6 +102,10 @@ class LServeOptions(SparseOptions):
             raise InputError(f"streaming must be a share of the heads, 0 to 1; got {self.streaming}")
         if self.drafted >= self.page:
             raise InputError(f"drafted must be below page ({self.page} tokens), got {self.drafted}")
+        if self.kv_bits not in (None, 4, 8):
+            raise InputError(f"kv_bits must be 4 or 8, or None to keep numbers as they are; got {self.kv_bits!r}")
+        if self.kv_bits is not None and self.drafted:
+            raise InputError("kv_bits takes the bounds of pages from keys as they come: leave out drafted, or kv_bits")
         if self.gates is not None:
             object.__setattr__(self, "gates", tuple(tuple(layer) for layer in self.gates))
 
@@ -98,32 +121,13 @@ class PageMemory:
     chosen_at: jax.Array
 
 
-def retrieval_heads(config: DecoderConfig, gates: Gates | None, streaming: float) -> tuple[tuple[int, ...], ...]:
-    """Returns, for each layer, the key/value heads that read pages; the others stream.
-
-    Of gates that are equal those of earlier layers and heads stream first.
-
-    Raises:
-        InputError: gates that do not fit the model.
-    """
-    layers = [block.attention for block in config.blocks]
-    counts = tuple(layer.num_kv_heads for layer in layers)
-    if gates is None:
-        return tuple(tuple(range(count)) for count in counts)
-    if tuple(len(layer) for layer in gates) != counts:
-        raise InputError(
-            f"gates must have one number per layer and key/value head: {len(counts)} layers of {counts[0]} for this "
-            f"model; got {[len(layer) for layer in gates]}"
-        )
-    places = [(i, head) for i, layer in enumerate(layers) if layer.window is None for head in range(counts[i])]
-    ranked = sorted(places, key=lambda place: gates[place[0]][place[1]])
-    kept = set(ranked[round(streaming * len(places)) :])
-    return tuple(tuple(head for head in range(count) if (i, head) in kept) for i, count in enumerate(counts))
-
-
 def lserve_policy(config: DecoderConfig, options: LServeOptions) -> Policy:
     """Returns the policy. Its context is `TreeRows`, whose memory holds a `PageMemory` or None for each layer."""
     retrieval = retrieval_heads(config, options.gates, options.streaming)
+    streaming = tuple(
+        tuple(head for head in range(block.attention.num_kv_heads) if head not in heads)
+        for block, heads in zip(config.blocks, retrieval, strict=True)
+    )
     layers = [block.attention for block in config.blocks]
     paged = [bool(heads) and layer.window is None for heads, layer in zip(retrieval, layers, strict=True)]
 
@@ -137,38 +141,58 @@ def lserve_policy(config: DecoderConfig, options: LServeOptions) -> Policy:
         if config.window is not None:
             return own_window(q, k, v, cache, ctx, config=config, layer=layer)
         cache = append_rows(cache, k, v, ctx)
-        streams = [head for head in range(config.num_kv_heads) if head not in retrieval[layer]]
         parts, memory = [], ctx.memory[layer]
         if paged[layer]:
-            out, memory = _paged(options, retrieval[layer], q, cache, ctx, memory, config)
+            out, memory = _paged(options, retrieval[layer], q, k, cache, ctx, memory, config)
             parts.append(out)
-        if streams:
+        if streaming[layer]:
             window = functools.partial(window_attention, sink=options.sink, local=options.local)
-            parts.append(window(q, cache, ctx, config, kv_heads=streams))
-        order = np.argsort([*retrieval[layer], *streams])
-        out = jnp.concatenate(parts, axis=2)[:, :, order]
+            parts.append(window(q, cache, ctx, config, kv_heads=streaming[layer]))
         memories = tuple(memory if index == layer else other for index, other in enumerate(ctx.memory))
-        return out.reshape(q.shape).astype(q.dtype), cache, ctx.replace(memory=memories)
+        return together(parts, layer, q), cache, ctx.replace(memory=memories)
 
-    return Policy(attend, init)
+    def read(q, k, v, cache, ctx, *, config, layer):
+        if config.window is not None or not streaming[layer]:
+            return dense_attend(q, k, v, cache, ctx, config=config, layer=layer)
+        cache = append(cache, k, v)
+        window = functools.partial(chunk_attention, sink=options.sink, local=options.prompt_local)
+        parts = [window(q, cache, config, kv_heads=streaming[layer])]
+        if retrieval[layer]:
+            parts.insert(0, _causal(q, cache, retrieval[layer], config))
+        return together(parts, layer, q), cache, ctx
+
+    def together(parts: list[jax.Array], layer: int, q: jax.Array) -> jax.Array:
+        order = np.argsort([*retrieval[layer], *streaming[layer]])
+        return merged(jnp.concatenate(parts, axis=2)[:, :, order], q)
+
+    def keep(cache: KVCache) -> KVCache:
+        if options.kv_bits is None:
+            return cache
+        k, v = (tuple(quantized(x, options.kv_bits) for x in stored) for stored in (cache.k, cache.v))
+        return cache.replace(k=k, v=v)
+
+    return Policy(attend, init, read, keep)
 
 
 def _first_memory(
     config: AttentionConfig, options: LServeOptions, cache: LayerCache, kv_heads: tuple[int, ...]
 ) -> PageMemory:
     """Returns a layer's memory behind the prompts."""
-    bounds = all_bounds(cache.k, np.asarray(kv_heads), options.page, options.logical)
+    bounds = all_bounds(cache.k, np.asarray(kv_heads), options.page, options.logical, cache.length)
     num_pages, num_sets = -(-cache.k.shape[2] // options.page), len(rows_of_sets(config, options.grouped, kv_heads)[1])
     count = min(options.budget // options.page - 1, num_pages) + 1
     pages = jnp.full((len(cache.length), num_sets, count), -1, jnp.int32)
     return PageMemory(bounds, pages, jnp.full_like(cache.length, -1))
 
 
-def _paged(options, kv_heads, q, cache, ctx, memory: PageMemory, config: AttentionConfig):
+def _paged(options, kv_heads, q, k, cache, ctx, memory: PageMemory, config: AttentionConfig):
     """Returns (f32[B, T, J, G, Dh] of the heads that read pages, the layer's memory)."""
     start, page, group = cache.length, options.page, config.num_heads // config.num_kv_heads
     heads, kv = rows_of_sets(config, options.grouped, kv_heads)
-    bounds = renewed(memory.bounds, cache.k, np.asarray(kv_heads), start, page)
+    if options.kv_bits is None:
+        bounds = renewed(memory.bounds, cache.k, np.asarray(kv_heads), start, page)
+    else:  # in the cache are codes
+        bounds = extended(memory.bounds, k[:, 0, np.asarray(kv_heads)], start, options.logical)
 
     def choose() -> jax.Array:
         root = q[:, 0, rows_of_sets(config, True, kv_heads)[0]]
@@ -184,45 +208,13 @@ def _paged(options, kv_heads, q, cache, ctx, memory: PageMemory, config: Attenti
     return out, PageMemory(bounds, pages, jnp.where(due, start, memory.chosen_at))
 
 
-def head_gates(model: Decoder, params: Any, tokens: jax.Array, *, sink: int = 128, local: int = 256) -> Gates:
-    """Returns gates for `LServeOptions`: per layer and key/value head, the mean share of attention on what a streaming
-    head would not see. Layers with a sliding window get zeros.
-
-    Args:
-        model: the network.
-        params: its parameters.
-        tokens: i32[B, T], whole texts of one length, longer than sink and window; texts that call for something far
-            back (a passkey, a table) tell heads apart best.
-        sink: first tokens that a streaming head sees.
-        local: last tokens that it sees.
-
-    Raises:
-        InputError: texts in which a streaming head sees everything.
-    """
-    check_window(sink, local)
-    if tokens.shape[1] <= sink + local:
-        raise InputError(f"texts of {tokens.shape[1]} tokens have nothing between sink {sink} and window {local}")
-    measure = jax.jit(functools.partial(model.apply, attend=_measuring(sink, local), ctx=()))
-    shares = measure({"params": params}, tokens).aux
-    return tuple(tuple(float(share) for share in layer) for layer in shares)
-
-
-def _measuring(sink: int, local: int) -> Attend:
-    """Returns dense attention that adds f32[K] shares per layer to its context, a tuple."""
-
-    def attend(q, k, v, cache, ctx, *, config, layer):
-        shares = jnp.zeros((config.num_kv_heads,), jnp.float32)
-        if config.window is None:
-            place = jnp.arange(q.shape[1])
-            behind = place[:, None] - place[None, :]
-            weights = visible_softmax(
-                attention_scores(q, jnp.swapaxes(k, 1, 2), config), (behind >= 0)[None, None, None]
-            )
-            lost = (behind >= local) & (place >= sink)[None, :]
-            shares = jnp.where(lost[None, None, None], weights, 0.0).sum(axis=4).mean(axis=(0, 2, 3))
-        return *dense_attend(q, k, v, cache, None, config=config, layer=layer)[:2], (*ctx, shares)
-
-    return attend
+def _causal(q: jax.Array, cache: LayerCache, kv_heads: tuple[int, ...], config: AttentionConfig) -> jax.Array:
+    """Returns dense attention [B, T, J, G, Dh] of some heads; the cache has the T new rows behind its length."""
+    heads, kv = rows_of_sets(config, True, kv_heads)
+    visible = visible_slots(cache.length, chain(q.shape[1]), q.shape[1], cache.k.shape[2], None)
+    config = dataclasses.replace(config, num_heads=heads.size, num_kv_heads=len(kv))
+    out = masked_attention(q[:, :, heads.reshape(-1)], cache.k[:, kv], cache.v[:, kv], visible, config)
+    return out.reshape(*out.shape[:2], *heads.shape, -1).astype(jnp.float32)
 
 
 def make_lserve(model: Decoder, options: LServeOptions, stop_tokens: tuple[int, ...]) -> Steps:

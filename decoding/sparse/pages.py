@@ -25,7 +25,7 @@ from models.kernels import PRECISION
 class PageBounds:
     """The highest and lowest key of each logical page: high, low f32 or the cache's dtype [B, K, L, Dh].
 
-    They are right for pages whose slots are all committed; others hold whatever their slots do.
+    They are right for pages whose slots are all committed; those of others must not be used.
     """
 
     high: jax.Array
@@ -39,10 +39,31 @@ def page_bounds(keys: jax.Array, logical: int) -> PageBounds:
     return PageBounds(keys.max(axis=3), keys.min(axis=3))
 
 
-def all_bounds(keys: jax.Array, kv_heads: np.ndarray, page: int, logical: int) -> PageBounds:
-    """Returns the bounds of some heads of a layer's keys [B, K, S, Dh]; a page that S cuts short counts as one."""
-    spare = -keys.shape[2] % page
-    return page_bounds(jnp.pad(keys[:, kv_heads], ((0, 0), (0, 0), (0, spare), (0, 0))), logical)
+def all_bounds(keys: jax.Array, kv_heads: np.ndarray, page: int, logical: int, length: jax.Array) -> PageBounds:
+    """Returns the bounds of some heads of a layer's keys [B, K, S, Dh], of which i32[B] `length` are committed.
+
+    A page that S cuts short counts as one. Where no key of a logical page is committed, the highest is the lowest
+    number there is, and the other way round: any key is a better bound.
+    """
+    spare, most = -keys.shape[2] % page, jnp.finfo(keys.dtype).max
+    keys = jnp.pad(keys[:, kv_heads], ((0, 0), (0, 0), (0, spare), (0, 0)))
+    live = (jnp.arange(keys.shape[2])[None, :] < length[:, None])[:, None, :, None]
+    high, low = (page_bounds(jnp.where(live, keys, edge), logical) for edge in (-most, most))
+    return PageBounds(high.high, low.low)
+
+
+def extended(bounds: PageBounds, keys: jax.Array, start: jax.Array, logical: int) -> PageBounds:
+    """Returns the bounds with one more key for each row.
+
+    Args:
+        bounds: of the tokens before it.
+        keys: [B, K, Dh], the heads that have bounds.
+        start: i32[B], the slot that it takes.
+        logical: tokens of a logical page.
+    """
+    page, row = start // logical, jnp.arange(len(start))
+    keys = keys.astype(bounds.high.dtype)
+    return PageBounds(bounds.high.at[row, :, page].max(keys), bounds.low.at[row, :, page].min(keys))
 
 
 def renewed(bounds: PageBounds, keys: jax.Array, kv_heads: np.ndarray, start: jax.Array, page: int) -> PageBounds:

@@ -19,6 +19,9 @@ from models.attention import TreeRows, append_rows, scaled, visible_softmax
 from models.cache import LayerCache
 from models.config import AttentionConfig
 from models.kernels import PRECISION
+from models.quantized_cache import QuantizedSlots, gathered
+
+BLOCK = 128  # tokens of a prompt that share what they read
 
 
 def rows_of_sets(config: AttentionConfig, shared: bool, kv_heads: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -38,16 +41,16 @@ def rows_of_sets(config: AttentionConfig, shared: bool, kv_heads: Sequence[int])
     return (heads, kv) if shared else (heads.reshape(-1, 1), np.repeat(kv, group))
 
 
-def gather_slots(cached: jax.Array, kv_heads: np.ndarray, slots: jax.Array) -> jax.Array:
+def gather_slots(cached: jax.Array | QuantizedSlots, kv_heads: np.ndarray, slots: jax.Array) -> jax.Array:
     """Returns [B, X, J, N, Dh]: slots i32[B, X, J, N] of cached [B, K, S, Dh], set j from head kv_heads[j].
 
     Slots out of range give the nearest one. Rows are taken from one long list: a gather along the axis S of some heads
     would copy these heads first.
     """
-    batch, num_heads, num_slots, width = cached.shape
+    batch, num_heads, num_slots, _ = cached.shape
     first = (jnp.arange(batch, dtype=jnp.int32)[:, None] * num_heads + kv_heads[None, :]) * num_slots
     rows = first[:, None, :, None] + jnp.clip(slots, 0, num_slots - 1)
-    return cached.reshape(-1, width).at[rows].get(mode="promise_in_bounds")
+    return gathered(cached, lambda x: x.reshape(-1, x.shape[3]).at[rows].get(mode="promise_in_bounds"))
 
 
 def selected_attention(
@@ -153,6 +156,26 @@ def window_attention(
     seen = rows.replace(ancestors=rows.ancestors & near)
     slots, visible = with_tree(slots, visible, start, seen, num_new)
     return selected_attention(q[:, :, heads], cache, kv, slots, visible, config)
+
+
+def chain(num_rows: int) -> TreeRows:
+    """Returns tokens that follow each other, as rows of a tree."""
+    return TreeRows(jnp.tril(jnp.ones((1, num_rows, num_rows), bool)), jnp.arange(num_rows)[None, :])
+
+
+def chunk_attention(
+    q: jax.Array, cache: LayerCache, config: AttentionConfig, *, sink: int, local: int, kv_heads: Sequence[int]
+) -> jax.Array:
+    """`window_attention` of many tokens that follow each other: block by block, each with what its rows see.
+
+    A token costs sink + local + `BLOCK` products, however long the text is.
+    """
+    parts = []
+    for first in range(0, q.shape[1], BLOCK):
+        part, behind = q[:, first : first + BLOCK], cache.replace(length=cache.length + first)
+        rows = chain(part.shape[1])
+        parts.append(window_attention(part, behind, rows, config, sink=sink, local=local, kv_heads=kv_heads))
+    return jnp.concatenate(parts, axis=1)
 
 
 def own_window(q, k, v, cache, ctx: TreeRows, *, config, layer):

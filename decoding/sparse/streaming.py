@@ -28,10 +28,10 @@ class StreamingOptions(SparseOptions):
         check_window(self.sink, self.local)
 
 
-def check_window(sink: int, local: int) -> None:
-    """Raises InputError unless a query sees at least itself."""
+def check_window(sink: int, local: int, name: str = "local") -> None:
+    """Raises InputError unless a query sees at least itself; `name` is what the user calls the window."""
     if sink < 0 or local < 1:
-        raise InputError(f"sink must be 0 or more and local 1 or more (tokens), got {sink} and {local}")
+        raise InputError(f"sink must be 0 or more and {name} 1 or more (tokens), got {sink} and {local}")
 
 
 def streaming_attend(sink: int, local: int) -> Attend:

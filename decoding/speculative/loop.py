@@ -94,7 +94,7 @@ def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, .
         return after.replace(cache=cache, stats=after.stats.replace(accepted=accepted), carry=carry)
 
     rows = max(drafter.width, drafter.most)  # what is read behind the text, and what `commit` moves there
-    return Steps(init, step, rows, drafter.most, drafter.cold, lambda carry: drafter.warm(carry.draft))
+    return Steps(init, step, policy, rows, drafter.most, drafter.cold, lambda carry: drafter.warm(carry.draft))
 
 
 def _draft_params(params: Any) -> Any:

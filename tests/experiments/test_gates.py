@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding.sparse.lserve import LSERVE, head_gates
+from decoding.sparse.gates import head_gates
+from decoding.sparse.lserve import LSERVE
 from experiments.gates import gates_from
 from experiments.loading import Loader
 from models import load_model
@@ -33,7 +34,7 @@ def test_measured_gates_are_the_mean_over_texts_that_repeat(tiny, monkeypatch):
         texts.append(tokens[0].tolist())
         return head_gates(model, params, tokens, **window)
 
-    monkeypatch.setattr("decoding.sparse.lserve.head_gates", seeing)
+    monkeypatch.setattr("decoding.sparse.gates.head_gates", seeing)
     gates = gates_from("measured", *tiny, **WINDOW)
     assert len(texts) == 2 and texts[0] != texts[1]
     for text in texts:

@@ -1,5 +1,6 @@
 """LServe against a slow reference, dense decoding, and what its pages promise."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,11 +11,16 @@ import pytest
 from decoding import make_decode_fn
 from decoding.autoregressive import DENSE
 from decoding.sparse import lserve
-from decoding.sparse.lserve import LServeOptions, head_gates, lserve_policy, retrieval_heads
-from decoding.sparse.pages import PageBounds, all_bounds, chosen_pages, page_bounds, page_scores, page_slots, renewed
-from models.attention import TreeRows, dense_attend, tree_attend
+from decoding.sparse.gates import retrieval_heads
+from decoding.sparse.lserve import LServeOptions, lserve_policy
+from decoding.sparse.pages import (
+    PageBounds,
+    chosen_pages,
+)
+from models.attention import TreeRows, attention_output, attention_scores, tree_attend, visible_softmax
 from models.cache import init_cache
 from models.errors import InputError
+from models.quantized_cache import quantized
 from tests.support.decode_reference import texts
 from tests.support.sparse_reference import Rule, deep_model, fast_logits, slow_logits
 
@@ -145,88 +151,107 @@ def test_its_text_is_what_the_slow_reference_would_write(deep):
         assert (logits[np.arange(NEW), text] > logits.max(axis=1) - 1e-3).all()
 
 
-@pytest.fixture(scope="module")
-def keys() -> np.ndarray:
-    return np.random.default_rng(1).normal(size=(2, 3, 48, 8)).astype(np.float32)
+READ = {**SIZES, "gates": GATES, "sink": 2, "local": 3}
+LONG = [np.random.default_rng(length).integers(0, 61, length).tolist() for length in (58, 5, 33)]
 
 
-@pytest.mark.parametrize("logical", [1, 2, 4, 8])
-def test_scores_bound_every_product_in_the_page(keys, logical):
-    q = np.random.default_rng(2).normal(size=(2, 3, 2, 8)).astype(np.float32)
-    scores = np.asarray(page_scores(jnp.asarray(q), page_bounds(jnp.asarray(keys), logical), 6))
-    best = np.einsum("bkgd,bksd->bkgs", q, keys).reshape(2, 3, 2, 6, 8).max(axis=4)
-    assert (scores >= best - 1e-5).all()
-    if logical == 1:
-        np.testing.assert_allclose(scores, best, rtol=1e-5, atol=1e-5)
-    whole = np.asarray(page_scores(jnp.asarray(q), page_bounds(jnp.asarray(keys), 8), 6))
-    assert (scores <= whole + 1e-5).all()
-    assert logical == 8 or (scores < whole - 0.1).any()
+def read_keys(deep, prompt_local: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Returns f[B, K, S, Dh] of each layer, and the lengths, after prompts were read."""
+    fn = make_decode_fn(deep[0], "lserve", max_new_tokens=3, **READ, prompt_local=prompt_local)
+    cache = fn.start(deep[1], *fn.inputs(LONG)).cache
+    return [np.asarray(k) for k in cache.k], np.asarray(cache.length)
 
 
-def test_bounds_kept_during_decoding_equal_those_of_the_whole_prompt(keys):
-    """Slots hold garbage until they are written; at each step the bounds of all full pages are right."""
-    heads, page, logical = np.array([0, 2]), 8, 2
-    garbage = jnp.where(jnp.arange(48)[None, None, :, None] < 11, jnp.asarray(keys), 1e6)
-    bounds = all_bounds(garbage, heads, page, logical)
-    expected = page_bounds(jnp.asarray(keys)[:, heads], logical)
-    for start in range(11, 49):
-        written = jnp.where(jnp.arange(48)[None, None, :, None] <= start, jnp.asarray(keys), 1e6)
-        bounds = renewed(bounds, written, heads, jnp.array([start, start]), page)
-        full = start // page * (page // logical)
-        for name in ("high", "low"):
-            np.testing.assert_array_equal(getattr(bounds, name)[:, :, :full], getattr(expected, name)[:, :, :full])
-    assert (np.asarray(all_bounds(garbage, heads, page, logical).high)[:, :, 8:] == 1e6).all()
-
-
-def test_a_cache_that_ends_inside_a_page(keys):
-    short = jnp.asarray(keys[:, :, :45])
-    bounds = all_bounds(short, np.array([0, 1, 2]), 8, 2)
-    assert bounds.high.shape == (2, 3, 24, 8)
-    np.testing.assert_array_equal(bounds.high[:, :, :20], page_bounds(short[:, :, :40], 2).high)
-
-
-def test_chosen_pages_are_the_best_full_ones_and_the_newest():
-    scores = jnp.asarray(np.random.default_rng(4).normal(size=(3, 2, 9)), jnp.float32).at[:, :, 6:].set(99.0)
-    pages = np.asarray(chosen_pages(scores, jnp.array([6, 2, 0]), 4))
-    for row, newest in enumerate((6, 2, 0)):
-        for head, chosen in enumerate(pages[row]):
-            assert chosen[-1] == newest
-            best = np.argsort(-np.asarray(scores)[row, head, :newest])[:3]
-            assert sorted(chosen[:-1]) == sorted([*best, *[-1] * (3 - len(best))])
-    slots, visible = page_slots(jnp.asarray(pages[:1]), 4, jnp.array([25]))
-    expected = [slot for page in pages[0, 0] for slot in range(4 * page, 4 * page + 4)]
-    assert slots[0, 0, 0].tolist() == expected
-    assert visible[0, 0, 0].tolist() == [slot < 25 for slot in expected]
-    assert not page_slots(jnp.full((1, 1, 2), -1), 4, jnp.array([25]))[1].any()
-
-
-def test_the_share_with_the_lowest_gates_streams():
-    config = deep_model()[0].config
-    assert retrieval_heads(config, GATES, 0.5) == ((0,), (0, 1), (), (), (0,))
-    assert retrieval_heads(config, GATES, 0.0) == ((0, 1),) * 3 + ((),) + ((0, 1),)
-    assert retrieval_heads(config, GATES, 1.0) == ((),) * 5
-    assert retrieval_heads(config, None, 0.5) == ((0, 1),) * 5
-    assert retrieval_heads(config, ((0.5, 0.5),) * 5, 0.5) == ((), (), (0, 1), (), (0, 1))
-
-
-def test_gates_are_the_attention_that_a_window_loses(deep):
-    model, params = deep
-    sink, local, tokens = 2, 6, jnp.asarray(np.random.default_rng(5).integers(0, 61, (2, 40)), jnp.int32)
-    gates = np.asarray(head_gates(model, params, tokens, sink=sink, local=local))
-    assert gates.shape == (5, 2) and (gates[3] == 0).all() and (gates[:3] > 0).all() and (gates < 1).all()
+def masked_keys(deep, prompt: list[int], prompt_local: int) -> list[np.ndarray]:
+    """Returns f[K, T, Dh] of each layer, from one pass in which streaming heads have a mask."""
+    retrieval, place = retrieval_heads(deep[0].config, GATES, 0.5), jnp.arange(len(prompt))
+    behind = place[:, None] - place[None, :]
 
     def attend(q, k, v, cache, ctx, *, config, layer):
-        return *dense_attend(q, k, v, cache, None, config=config, layer=layer)[:2], (*ctx, (q, k))
+        reach = prompt_local if config.window is None else config.window
+        near = (behind < reach) | ((place < READ["sink"]) & (config.window is None))[None, :]
+        near = (behind >= 0) & near
+        dense = [config.window is None and head in retrieval[layer] for head in range(config.num_kv_heads)]
+        visible = jnp.stack([behind >= 0 if whole else near for whole in dense])
+        weights = visible_softmax(attention_scores(q, jnp.swapaxes(k, 1, 2), config), visible[None, :, None])
+        return attention_output(weights, jnp.swapaxes(v, 1, 2)), cache, (*ctx, k[0])
 
-    seen = jax.jit(functools.partial(model.apply, attend=attend, ctx=()))({"params": params}, tokens).aux
-    for layer in (0, 2):
-        q, k = np.asarray(seen[layer][0]), np.asarray(seen[layer][1])
-        shares = np.zeros((2, 4, 40))
-        for row, head, t in np.ndindex(2, 4, 40):
-            scores = k[row, : t + 1, head // 2] @ q[row, t, head] * 8**-0.5
-            weights = np.exp(scores - scores.max())
-            shares[row, head, t] = weights[sink : max(t - local + 1, sink)].sum() / weights.sum()
-        np.testing.assert_allclose(gates[layer], shares.reshape(2, 2, 2, 40).mean(axis=(0, 2, 3)), atol=1e-5)
+    apply = jax.jit(functools.partial(deep[0].apply, attend=attend, ctx=()))
+    return [np.swapaxes(k, 0, 1) for k in apply({"params": deep[1]}, jnp.asarray([prompt], jnp.int32)).aux]
+
+
+@pytest.mark.parametrize("prompt_local", [1, 7])
+def test_streaming_heads_read_prompts_in_their_window(deep, monkeypatch, prompt_local):
+    """In chunks of 16 tokens and blocks of 6 it equals the masked definition; a wider window shows."""
+    monkeypatch.setattr("decoding.prefill.CHUNK", 16)
+    monkeypatch.setattr("decoding.sparse.selected.BLOCK", 6)
+    found, lengths = read_keys(deep, prompt_local)
+    assert lengths.tolist() == [len(prompt) - 1 for prompt in LONG]
+    for row, prompt in enumerate(LONG):
+        expected = masked_keys(deep, prompt[:-1], prompt_local)
+        for layer, keys in enumerate(expected):
+            np.testing.assert_allclose(found[layer][row, :, : len(prompt) - 1], keys, rtol=1e-3, atol=1e-3)
+    wider = masked_keys(deep, LONG[0][:-1], prompt_local + 1)[4]
+    assert np.abs(found[4][0, :, : len(LONG[0]) - 1] - wider).max() > 0.05
+
+
+def test_prompts_inside_the_window_are_read_densely(deep, monkeypatch):
+    monkeypatch.setattr("decoding.sparse.selected.BLOCK", 10)
+    found = read_keys(deep, 64)[0]
+    dense = make_decode_fn(deep[0], "sample", max_new_tokens=3)
+    expected = dense.start(deep[1], *dense.inputs(LONG)).cache.k
+    for layer in range(5):
+        np.testing.assert_allclose(found[layer][0, :, :57], np.asarray(expected[layer])[0, :, :57], atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_are_read_and_pages_chosen_by_the_keys_themselves(deep, bits):
+    """The same queries, keys and values for many steps: the same pages as without codes, their values from codes."""
+    config = deep[0].config.blocks[0].attention
+    sizes = {"budget": 12, "page": 4, "logical": 2, "reuse": 2, "gates": GATES, "sink": 2, "local": 3}
+    rng, start = np.random.default_rng(7), jnp.array([5, 18])
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    empty = init_cache([config] * 5, 2, 40, jnp.float32)
+    stored = jax.tree.map(lambda x: normal(*x.shape) if x.ndim == 4 else start, empty)
+    steps = [(normal(2, 1, 4, 8), normal(2, 1, 2, 8), normal(2, 1, 2, 8)) for _ in range(14)]
+
+    def run(kv_bits, steps, change=lambda x: x):
+        policy = lserve_policy(deep[0].config, LServeOptions(**sizes, kv_bits=kv_bits))
+        rows = TreeRows(jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1), jnp.int32), policy.init(stored))
+        cache, outs, pages = jax.tree.map(change, policy.keep(stored)).layer(0), [], []
+        attend = jax.jit(functools.partial(policy.attend, config=config, layer=0))
+        for q, k, v in steps:
+            out, cache, rows = attend(q, k, v, cache, rows)
+            cache = cache.replace(length=cache.length + 1)
+            outs.append(np.asarray(out))
+            pages.append(np.asarray(rows.memory[0].pages))
+        return np.stack(outs), np.stack(pages)
+
+    rounded = lambda x: quantized(x, bits).values()  # noqa: E731
+    plain, pages = run(None, steps)
+    coded, chosen = run(bits, steps)
+    np.testing.assert_array_equal(chosen, pages)
+    assert 0.3 * 2.0**-bits < np.abs(coded - plain).max() < 10 * 2.0**-bits
+    # What is read are the codes' values: a cache of these values gives the same wherever it gives the same pages.
+    other, others = run(None, [(q, rounded(k), rounded(v)) for q, k, v in steps],
+                        lambda x: rounded(x) if x.ndim == 4 else x)  # fmt: skip
+    same = (others == pages).all(axis=(1, 2, 3))
+    assert same.any()
+    np.testing.assert_allclose(other[same], coded[same], atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_decoding_with_codes(tiny, bits):
+    """A ragged batch through the whole loop: a row does not depend on the others, and many bits change few tokens."""
+    options = {"budget": 96, "page": 8, "logical": 4, "kv_bits": bits}
+    fn = make_decode_fn(tiny[0], "lserve", max_new_tokens=12, **options)
+    together = texts(fn(tiny[1], PROMPTS))
+    assert texts(fn(tiny[1], PROMPTS[1:2])) == together[1:2]
+    state = fn.start(tiny[1], *fn.inputs(PROMPTS))
+    assert {x.bits for x in (*state.cache.k, *state.cache.v)} == {bits}
+    if bits == 8:
+        greedy = texts(make_decode_fn(tiny[0], max_new_tokens=12)(tiny[1], PROMPTS))
+        assert [text[0] for text in together] == [text[0] for text in greedy]
 
 
 def test_rows_of_a_tree_share_the_choice_of_its_root(deep):
@@ -259,16 +284,14 @@ def test_rows_of_a_tree_share_the_choice_of_its_root(deep):
         ({"streaming": 1.5}, "streaming must be a share of the heads, 0 to 1; got 1.5"),
         ({"gates": [[1.0, 0.5]]}, "gates must have one number per layer and key/value head: 5 layers of 2"),
         ({"local": 0}, "local 1 or more"),
+        ({"prompt_local": 0}, "prompt_local 1 or more"),
+        ({"kv_bits": 3}, "kv_bits must be 4 or 8, or None"),
+        ({"kv_bits": 8, "drafted": 2}, "leave out drafted, or kv_bits"),
     ],
 )
 def test_wrong_options_are_refused(deep, options, message):
     with pytest.raises(InputError, match=message):
         make_decode_fn(deep[0], "lserve", **options)
-
-
-def test_gates_need_longer_texts(deep):
-    with pytest.raises(InputError, match="texts of 8 tokens have nothing between sink 4 and window 4"):
-        head_gates(*deep, jnp.zeros((1, 8), jnp.int32), sink=4, local=4)
 
 
 def made_in(jaxpr):
@@ -295,7 +318,15 @@ def test_pages_cost_the_same_at_any_context_length(deep):
         jaxpr = jax.make_jaxpr(one)(q, k, k, cache.layer(0), rows).jaxpr
         return list(made_in(jaxpr))
 
-    grown = {(one, two) for one, two in zip(shapes(400), shapes(800), strict=True) if one != two}
+    def read(slots: int) -> list[tuple[int, ...]]:
+        cache = init_cache([config] * 5, 1, slots, jnp.float32)
+        q, k = jnp.zeros((1, 16, 4, 8)), jnp.zeros((1, 16, 2, 8))
+        streaming = dataclasses.replace(options, gates=GATES, streaming=1.0, prompt_local=20)
+        one = functools.partial(lserve_policy(deep[0].config, streaming).read, config=config, layer=0)
+        return list(made_in(jax.make_jaxpr(lambda *args: one(*args, None))(q, k, k, cache.layer(0)).jaxpr))
+
     cache_like = {((1, 2, 400, 8), (1, 2, 800, 8)), ((2, 400, 8), (2, 800, 8)), ((800, 8), (1600, 8))}
+    assert {(one, two) for one, two in zip(read(400), read(800), strict=True) if one != two} <= cache_like
+    grown = {(one, two) for one, two in zip(shapes(400), shapes(800), strict=True) if one != two}
     assert grown & cache_like
     assert all(np.prod(two) <= 2 * 200 * 8 for one, two in grown - cache_like), grown
