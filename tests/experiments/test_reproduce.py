@@ -214,8 +214,8 @@ def test_long_prompts_are_read_once_for_all_rows(table, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(SharedPrompts, "__call__", counted)
     run("--model", longer)
-    assert max(begun) == 2 and begun.count(0) == 4, "two questions of two tasks; each asks twice: to compile, to decode"
-    assert slots == {(512, 516), (1024, 1028)}, "caches of each task's own size"
+    assert max(begun) == 2 and begun.count(0) == 2, "two questions of two tasks"
+    assert len({cache for _, cache in slots}) == 2, "caches of each task's own size"
     cells = {path.stem: json.loads(path.read_text()) for path in (out / "runs").glob("*.json")}
     for task in ("needle", "key_value"):
         plain = cells[f"{task}--plain"]
