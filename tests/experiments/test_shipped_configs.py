@@ -8,6 +8,7 @@ import pytest
 from decoding import METHODS
 from decoding.speculative.sizing import LatencyCurve
 from experiments.bench import BenchConfig
+from experiments.bench_long_context import LongContextBenchConfig
 from experiments.bench_speculation import SpeculationBenchConfig
 from experiments.bench_train import TrainBenchConfig
 from experiments.config import dump_config, load_config
@@ -24,6 +25,7 @@ KINDS = {
     "decode": DecodeConfig,
     "bench/decode": BenchConfig,
     "bench/train": TrainBenchConfig,
+    "bench/long_context": LongContextBenchConfig,
     "bench/speculation": SpeculationBenchConfig,
     "tables": TableConfig,
     "tables/adapters": TrainTableConfig,
@@ -62,6 +64,8 @@ def chosen(config):
         yield config.method, config.options, config.draft is not None
     elif isinstance(config, TableConfig):
         yield from ((row.method, row.options, row.draft and config.draft is not None) for row in config.rows)
+    elif isinstance(config, LongContextBenchConfig):
+        yield from ((side.method, side.options, False) for side in config.sides)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
