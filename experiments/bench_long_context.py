@@ -27,6 +27,7 @@ from experiments.config import load_config
 from experiments.loading import Loader
 from experiments.runtime import machine, run_main, setup_runtime
 from experiments.timed import alternate
+from models.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +141,18 @@ def random_cache(layers: Sequence[Any], context: int, num_slots: int, dtype: Any
 
 
 def measure(config: LongContextBenchConfig, model: Any, params: Any) -> dict[str, Any]:
-    """Returns {"attention" or "step": {context: {side: milliseconds per step}}}."""
+    """Returns {"attention" or "step": {context: {side: milliseconds per step}}}.
+
+    Raises:
+        InputError: a context that the model was not made for, or options that do not fit it.
+    """
     from decoding import make_decode_fn
 
+    if config.contexts[-1] + config.steps > model.config.max_length:
+        raise InputError(
+            f"contexts must leave room for {config.steps} steps in the model's {model.config.max_length} tokens, got "
+            f"{config.contexts[-1]}: lower it"
+        )
     figures: dict[str, Any] = {"attention": {}, "step": {}}
     for context in config.contexts:
         sizes = {"max_new_tokens": config.steps, "cache_slots": context + config.steps}

@@ -8,6 +8,7 @@ import pytest
 from decoding import METHODS
 from decoding.speculative.sizing import LatencyCurve
 from experiments.bench import BenchConfig
+from experiments.bench_long_context import LongContextBenchConfig
 from experiments.bench_speculation import SpeculationBenchConfig
 from experiments.bench_text import LongTextConfig
 from experiments.bench_train import TrainBenchConfig
@@ -25,6 +26,7 @@ KINDS = {
     "decode": DecodeConfig,
     "bench/decode": BenchConfig,
     "bench/train": TrainBenchConfig,
+    "bench/long_context": LongContextBenchConfig,
     "bench/speculation": SpeculationBenchConfig,
     "bench/long_text": LongTextConfig,
     "tables": TableConfig,
@@ -66,6 +68,8 @@ def chosen(config):
         yield from ((row.method, row.options, row.draft and config.draft is not None) for row in config.rows)
     elif isinstance(config, LongTextConfig):
         yield from ((row.method, row.options, False) for row in config.rows)
+    elif isinstance(config, LongContextBenchConfig):
+        yield from ((side.method, side.options, False) for side in config.sides)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
