@@ -41,7 +41,7 @@ class LongTextConfig:
     prompt: int = 512  # first tokens, which are read as a prompt
     lengths: tuple[int, ...] = (2048, 4096, 8192)  # tokens; the text is cut at the last one
     rows: tuple[TextRow, ...] = (TextRow(),)
-    out: Path = Path("results/long_text/cpu")
+    out: Path = Path("results/long_text_bench/cpu")
 
     def __post_init__(self) -> None:
         ends = (self.prompt, *self.lengths)
