@@ -21,6 +21,9 @@ from decoding.arguments import read_keys, read_limit, read_sampling, whole_numbe
 from decoding.entropy_adaptive import ENTROPY_ADAPTIVE
 from decoding.method import Call, Method, Steps, WithDraft, target_params
 from decoding.prefill import Prompts, pad_prompts, prefill
+from decoding.sparse.lserve import LSERVE
+from decoding.sparse.streaming import STREAMING
+from decoding.sparse.tidal import TIDAL
 from decoding.speculative.aded import ADED
 from decoding.speculative.dyspec import DYSPEC
 from decoding.speculative.prompt_lookup import PROMPT_LOOKUP
@@ -30,6 +33,7 @@ from decoding.speculative.specdec_pp import SPECDEC_PP
 from decoding.speculative.speculative_sampling import SPECULATIVE_SAMPLING
 from decoding.speculative.token_recycling import TOKEN_RECYCLING
 from decoding.state import DecodeOutput, DecodeState, init_state
+from models.cache import KVCache
 from models.decoder import Decoder
 from models.errors import InputError, unknown_name
 from models.sharding import mesh_of, place_rows, replicate
@@ -40,12 +44,15 @@ METHODS: dict[str, Method] = {
     "aded": ADED,
     "dyspec": DYSPEC,
     "entropy_adaptive": ENTROPY_ADAPTIVE,
+    "lserve": LSERVE,
     "prompt_lookup": PROMPT_LOOKUP,
     "rapid": RAPID,
     "rsd_c": RSD_C,
     "rsd_s": RSD_S,
     "specdec_pp": SPECDEC_PP,
     "speculative_sampling": SPECULATIVE_SAMPLING,
+    "streaming": STREAMING,
+    "tidal": TIDAL,
     "token_recycling": TOKEN_RECYCLING,
 }
 
@@ -70,12 +77,24 @@ class Plan:
         return bucket + self.room + self.steps().rows - 1 if self.cache_slots is None else max(self.cache_slots, bucket)
 
 
-def start(plan: Plan, params: Any, prompts: Prompts, call: Call) -> DecodeState:
-    """Reads the prompts into the cache and returns the state before the first step. Pure."""
+def start(plan: Plan, params: Any, prompts: Prompts, call: Call, cache: KVCache | None = None) -> DecodeState:
+    """Returns the state before the first step. Pure.
+
+    Args:
+        plan: what is static.
+        params: the model's parameters.
+        prompts: the batch.
+        call: what the user has set.
+        cache: one of the plan's size that holds the prompts but for their last tokens (`decoding.prefill`); None: they
+            are read here, as the method reads them.
+    """
     steps = plan.steps()
-    cache = prefill(plan.model, target_params(params), prompts, plan.num_slots(prompts.tokens.shape[1]))
+    if cache is None:
+        slots = plan.num_slots(prompts.tokens.shape[1])
+        cache = prefill(plan.model, target_params(params), prompts, slots, steps.policy.read)
     last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
-    return init_state(cache, last, call.limit, plan.room, steps.most, steps.init(params, prompts, cache, call))
+    carry = steps.init(params, prompts, cache, call)
+    return init_state(steps.policy.keep(cache), last, call.limit, plan.room, steps.most, carry)
 
 
 def advance(plan: Plan, params: Any, state: DecodeState, max_steps: jax.Array) -> DecodeState:
@@ -188,14 +207,14 @@ class DecodeFn:
         """Returns a state's tokens and counts, as a call returns them."""
         return output(self.plan, state)
 
-    def compile(self, params: Any, prompts: Prompts, call: Call) -> tuple[Callable, Callable]:
+    def compile(self, params: Any, prompts: Prompts, call: Call, *cache: KVCache) -> tuple[Callable, Callable]:
         """Returns (start, advance) compiled for arrays of these shapes, with the signatures of the two methods above.
 
         For callers who want compilation to be a step of its own. With `cache_slots`, prompts of all buckets share one
-        compiled `advance`.
+        compiled `advance`. Where a cache is given, `start` takes one too (see the function of that name).
         """
         steps = jnp.asarray(self.plan.room, jnp.int32)
-        start_compiled = _start.lower(self.plan, params, prompts, call).compile()
+        start_compiled = _start.lower(self.plan, params, prompts, call, *cache).compile()
         state = jax.eval_shape(functools.partial(start, self.plan), params, prompts, call)
         leaves, structure = jax.tree.flatten((params, state))
         key = structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)

@@ -9,6 +9,7 @@ from flax import struct
 from decoding.prefill import Prompts
 from decoding.sampling import Sampling
 from decoding.state import DecodeState
+from models.attention import Attend, dense_attend
 from models.cache import KVCache
 from models.decoder import Decoder
 
@@ -45,12 +46,30 @@ def target_params(params: Any) -> Any:
     return params.target if isinstance(params, WithDraft) else params
 
 
+class Policy(NamedTuple):
+    """How the target attends.
+
+    Attributes:
+        attend: while it decodes; reads `models.attention.TreeRows`. What it leaves in their `memory` after the last
+            layer is what the first layer of the next step finds there.
+        init: cache -> that memory before the first step, with the prompts read.
+        read: while it reads prompts, chunk by chunk; its context is None.
+        keep: cache -> the form that it is kept in from the first step on.
+    """
+
+    attend: Attend = dense_attend
+    init: Callable[[KVCache], Any] = lambda cache: None
+    read: Attend = dense_attend
+    keep: Callable[[KVCache], KVCache] = lambda cache: cache
+
+
 class Steps(NamedTuple):
     """A method made for one model: two pure functions that are traced inside the jitted loop.
 
     Attributes:
         init: (params, prompts, cache, call) -> what the method keeps in `DecodeState.carry`.
         step: (params, state) -> state, with at least one token emitted by every row that is not done.
+        policy: how the target attends.
         rows: cache slots that a step writes behind a row's length.
         most: A, tokens that a step emits at most per row.
         cold: () -> what stays warm between calls, as it is at first; None where nothing stays.
@@ -59,6 +78,7 @@ class Steps(NamedTuple):
 
     init: Callable[[Any, Prompts, KVCache, Call], Any]
     step: Callable[[Any, DecodeState], DecodeState]
+    policy: Policy = Policy()
     rows: int = 1
     most: int = 1
     cold: Callable[[], Any] = lambda: None

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from models.attention import Attend, dense_attend
 from models.cache import KVCache, commit, init_cache
 from models.decoder import Decoder
 from models.errors import InputError
@@ -78,33 +79,53 @@ def prompt_tokens(prompts: Prompts, vocab_size: int) -> jax.Array:
     return seen.at[jnp.arange(batch)[:, None], prompts.tokens].max(real)
 
 
-def prefill(model: Decoder, params: Any, prompts: Prompts, num_slots: int) -> KVCache:
-    """Returns a cache of `num_slots` slots that holds every prompt but its last token.
+def prefill(model: Decoder, params: Any, prompts: Prompts, num_slots: int, attend: Attend = dense_attend) -> KVCache:
+    """Returns a cache of `num_slots` slots that holds every prompt but its last token, read as `attend` says.
 
     The last token stays out, like the newest token in every later step: the first step of decoding reads it.
     """
-    batch, width = prompts.tokens.shape
+    batch = len(prompts.lengths)
     dtype = params["embedding"]["embedding"].dtype
     cache = init_cache([block.attention for block in model.config.blocks], batch, num_slots, dtype)
-    if width <= CHUNK:
-        cache = _fill(model, params, prompts.tokens, cache)
-    else:
-        num_chunks = (prompts.lengths.max() - 1 + CHUNK - 1) // CHUNK
-
-        def fill_chunk(index, cache):
-            start = index * CHUNK
-            tokens = jax.lax.dynamic_slice_in_dim(prompts.tokens, start, CHUNK, axis=1)
-            return _fill(model, params, tokens, cache.replace(length=jnp.full((batch,), start)))
-
-        cache = jax.lax.fori_loop(0, num_chunks, fill_chunk, cache)
-    return commit(cache.replace(length=jnp.zeros((batch,), jnp.int32)), None, prompts.lengths - 1)
+    cache = read_tokens(model, params, prompts.tokens, cache, prompts.lengths.max() - 1, attend)
+    return commit(cache, None, prompts.lengths - 1)
 
 
-def _fill(model: Decoder, params: Any, tokens: jax.Array, cache: KVCache) -> KVCache:
+def read_tokens(
+    model: Decoder,
+    params: Any,
+    tokens: jax.Array,
+    cache: KVCache,
+    longest: jax.Array | int,
+    attend: Attend = dense_attend,
+) -> KVCache:
+    """Writes the keys and values of tokens behind each row's length; the lengths stay.
+
+    Args:
+        model: the network.
+        params: its parameters.
+        tokens: i32[B, P]; P is at most `CHUNK`, or a multiple of it.
+        cache: the cache before them.
+        longest: i32[], how many of the P tokens are wanted, from the first on.
+        attend: the attention policy; it gets `CHUNK` tokens at a time, and no context.
+    """
+    if tokens.shape[1] <= CHUNK:
+        return _fill(model, params, tokens, cache, attend)
+    num_chunks = (longest + CHUNK - 1) // CHUNK
+    length = cache.length
+
+    def fill_chunk(index, cache):
+        chunk = jax.lax.dynamic_slice_in_dim(tokens, index * CHUNK, CHUNK, axis=1)
+        return _fill(model, params, chunk, cache.replace(length=length + index * CHUNK), attend)
+
+    return jax.lax.fori_loop(0, num_chunks, fill_chunk, cache).replace(length=length)
+
+
+def _fill(model: Decoder, params: Any, tokens: jax.Array, cache: KVCache, attend: Attend) -> KVCache:
     """Runs the blocks on tokens i32[B, T] and returns the cache with their keys and values written."""
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1])[None, :]
 
     def blocks(module, tokens):
-        return module.layers(module.embed(tokens, positions), positions, cache)[2]
+        return module.layers(module.embed(tokens, positions), positions, cache, attend)[2]
 
     return model.apply({"params": params}, tokens, method=blocks)

@@ -6,6 +6,7 @@ the target on `last` (and whatever a method drafts behind it), and `emit`s at le
 Axis letters: B batch, N room for new tokens, A tokens that one step offers per row.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -136,3 +137,8 @@ def write_tokens(text: jax.Array, lengths: jax.Array, tokens: jax.Array, count: 
     offset = jnp.arange(text.shape[1])[None, :] - lengths[:, None]
     offered = jnp.take_along_axis(tokens, jnp.clip(offset, 0, tokens.shape[1] - 1), axis=1)
     return jnp.where((offset >= 0) & (offset < count[:, None]), offered, text)
+
+
+def run_if(wanted: jax.Array, run: Callable[[Any], Any], value: Any) -> Any:
+    """Returns run(value) where wanted (bool[]), else the value: a loop of one turn, since `lax.cond` copies caches."""
+    return jax.lax.while_loop(lambda carry: carry[0], lambda carry: (~wanted, run(carry[1])), (wanted, value))[1]

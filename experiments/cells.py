@@ -20,7 +20,7 @@ from experiments.kept import keep, partial, read_kept
 from experiments.loading import Loader
 from experiments.questions import Question
 from experiments.runtime import machine
-from experiments.timed import TimedDecode
+from experiments.timed import SharedPrompts, TimedDecode
 from models.errors import InputError
 
 
@@ -127,11 +127,19 @@ def longest_prompt(questions: Sequence[Question], tokenizer: Any, max_new_tokens
 class Row:
     """A method with its model: measures cells, and hands what stays warm from one to the next."""
 
-    def __init__(self, tokenizer: Any, decode_fn: Any, params: Any, sampling: dict, retrieval: Retrieval | None = None):
+    def __init__(
+        self,
+        tokenizer: Any,
+        decode_fn: Any,
+        params: Any,
+        sampling: dict,
+        retrieval: Retrieval | None = None,
+        shared: SharedPrompts | None = None,
+    ):
         """Takes a decode function and what it is called with."""
         self.tokenizer, self.decode_fn, self.sampling, self.retrieval = tokenizer, decode_fn, sampling, retrieval
         self.warm: Any = None
-        self.timed = TimedDecode(decode_fn, params)
+        self.timed = TimedDecode(decode_fn, params, shared)
 
     def take_warm(self, path: Path) -> None:
         """Takes up what was learned at the end of a kept cell."""

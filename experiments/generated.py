@@ -1,6 +1,9 @@
 """Questions that code writes, with answers that are scored exactly: multi-step arithmetic, operations on lists and
 words, and facts to find in a long document.
 
+Documents are as long as is asked for; those of tasks with a size in their name (`needle_4k`) make prompts of just below
+so many times 1024 tokens, with a tokenizer that takes digits one by one.
+
 Numbers and words are drawn anew for every question from a seed, so that no file of them is needed.
 """
 
@@ -10,7 +13,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
-from experiments.needles import needle_document
+from experiments.needles import key_value_document, needle_document
 from experiments.questions import Question
 from models.errors import unknown_name
 
@@ -71,13 +74,30 @@ def needles(task: str, hops: int, rng: random.Random, document_words: int) -> Qu
     return Question("", task, (f"{question} Reply with the code.",), document, answer)
 
 
+def key_value(rng: random.Random, document_words: int) -> Question:
+    """The value of one key of a JSON object."""
+    document, question, answer = key_value_document(rng, document_words)
+    return Question("", "key_value", (f"{question} Reply with the value.",), document, answer)
+
+
 GENERATED: dict[str, Callable[[random.Random, int], Question]] = {
     "arithmetic": lambda rng, _: arithmetic(rng),
     "lists": lambda rng, _: lists(rng),
     "words": lambda rng, _: words(rng),
     "needle": functools.partial(needles, "needle", 1),
     "two_needles": functools.partial(needles, "two_needles", 2),
+    "key_value": key_value,
 }
+
+
+def _sized(task: str, thousands: int) -> Callable[[random.Random, int], Question]:
+    """Returns a task whose documents have a length of their own."""
+    words = _WORDS_PER_THOUSAND[task] * thousands
+    return lambda rng, _: dataclasses.replace(GENERATED[task](rng, words), task=f"{task}_{thousands}k")
+
+
+_WORDS_PER_THOUSAND = {"needle": 680, "key_value": 140}
+GENERATED |= {f"{task}_{size}k": _sized(task, size) for task in _WORDS_PER_THOUSAND for size in (2, 4, 8, 16)}
 
 
 def generate(tasks: Sequence[str], per_task: int, seed: int = 0, document_words: int = 400) -> list[Question]:

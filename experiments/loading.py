@@ -16,6 +16,7 @@ class Loader:
         """Takes the dtype of all models; None: as stored."""
         self.dtype = dtype
         self._models: dict[str, Any] = {}
+        self._gates: dict[Any, Any] = {}
 
     def model(self, name: str) -> tuple[Any, Any, Any]:
         """Returns (model, params, tokenizer) of a registry name or path."""
@@ -60,7 +61,8 @@ class Loader:
         Args:
             name: the model.
             method: a decoding method.
-            options: its own static options; `latency: measured` stands for the curve of this machine.
+            options: its own static options; `latency: measured` stands for the curve of this machine, `gates: measured`
+                or a seed for those of `experiments.gates`.
             draft: the model that drafts, or None.
             head: the draft's acceptance head, or None.
             max_new_tokens: room for new tokens.
@@ -77,6 +79,8 @@ class Loader:
         options = dict(options)
         if options.get("latency") == MEASURED:
             options["latency"] = _curve(model, params, context)
+        if method == "lserve":
+            options = self.with_gates(name, options)
         if draft is not None:
             options["draft"], drafts, _ = self.model(draft)
             params = WithDraft(
@@ -85,6 +89,20 @@ class Loader:
         stops = tokenizer.stop_ids
         decode_fn = make_decode_fn(model, method, max_new_tokens=max_new_tokens, stop_tokens=stops, **options)
         return decode_fn, params, tokenizer
+
+    def with_gates(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns options of `lserve` with gates in numbers; those of a model, sink and window are measured once."""
+        source = options.get("gates")
+        if not isinstance(source, str | int):
+            return dict(options)
+        from decoding.sparse.lserve import LServeOptions
+        from experiments.gates import gates_from
+
+        window = {key: options.get(key, getattr(LServeOptions, key)) for key in ("sink", "local")}
+        key = name, source, *window.values()
+        if key not in self._gates:
+            self._gates[key] = gates_from(source, *self.model(name), **window)
+        return {**options, "gates": self._gates[key]}
 
 
 def _curve(model: Any, params: Any, context: int) -> Any:

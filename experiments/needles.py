@@ -17,6 +17,7 @@ _DID = ("waited", "read the paper", "talked about the weather", "looked for an u
 _WHERE = ("in the hall", "by the window", "on the stairs", "under the old clock", "in the yard", "next to the stove")
 _WHEN = ("before breakfast", "all afternoon", "while it rained", "after the bell had rung", "until the lamps were lit")
 _ROOMS, _CODES = range(10, 1000), range(1000, 10000)
+_KEYS, _VALUES, _MOST_PAIRS = range(1000, 10000), range(10000, 100000), 4000
 _WORDS_PER_FACT, _MOST_FACTS = 30, 400
 _SENTENCES_PER_PARAGRAPH = 6
 
@@ -53,6 +54,29 @@ def needle_document(rng: random.Random, words: int, hops: int) -> tuple[str, str
         facts += [f"The key of {name} opens room {room}." for name, room in zip(names, rooms, strict=True)]
         question = f"What is the code of the room that the key of {names[0]} opens?"
     return _scattered(rng, facts, words), question, str(codes[0])
+
+
+def key_value_document(rng: random.Random, words: int) -> tuple[str, str, str]:
+    """Returns (document, question, answer): a JSON object of random numbers, and the value of one of its keys.
+
+    All keys and values differ, so that nothing but the pair itself gives the answer; there is no filler.
+
+    Args:
+        rng: all that is random; the same state gives the same three texts.
+        words: keys and values together, 2 to 8000; the object has half as many pairs.
+
+    Returns:
+        The object, a pair per line; the question; and the answer, five digits.
+
+    Raises:
+        InputError: fewer words, or more.
+    """
+    if not 2 <= words <= 2 * _MOST_PAIRS:
+        raise InputError(f"words must be 2 to {2 * _MOST_PAIRS} for keys and values, got {words}")
+    keys, values = rng.sample(_KEYS, words // 2), rng.sample(_VALUES, words // 2)
+    asked = rng.randrange(len(keys))
+    pairs = ",\n".join(f'"{key}": "{value}"' for key, value in zip(keys, values, strict=True))
+    return f"{{\n{pairs}\n}}", f'What is the value of the key "{keys[asked]}"?', str(values[asked])
 
 
 def _scattered(rng: random.Random, facts: list[str], words: int) -> str:

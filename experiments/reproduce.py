@@ -15,18 +15,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.cells import Cell, Retrieval, Row, load_cell, longest_prompt, save_cell
+from experiments.cells import Cell, Retrieval, load_cell, save_cell
 from experiments.config import chosen_type, load_config, save_config
 from experiments.corpus import spare_questions, stamp
 from experiments.decode import SamplingSettings
 from experiments.generated import generate
 from experiments.kept import cell_key, locked
-from experiments.loading import Loader
 from experiments.questions import Question, read_questions
+from experiments.rows import Rows
 from experiments.runtime import run_main, setup_runtime
 from experiments.tables import write_table
 from experiments.train_acceptance_head import ensure_head, head_stamp
-from models.errors import InputError, unknown_name
+from models.errors import unknown_name
 
 _PROG = "python -m experiments.reproduce"
 _DESCRIPTION = (__doc__ or "").split("\n")[0]
@@ -63,7 +63,7 @@ class Claim:
     text: str = ""
     row: str = ""
     than: str = "plain"
-    measure: Literal["mat", "speedup", "correct", "acceptance", "by_target"] = "mat"
+    measure: Literal["mat", "speedup", "break_even", "correct", "acceptance", "by_target"] = "mat"
     factor: float = 1.0
 
 
@@ -104,6 +104,7 @@ class TableConfig:
     dtype: Literal["float32", "bfloat16"] | None = None  # None: as stored (GGUF: float32)
     questions: Path = Path("configs/prompts/spec_bench.jsonl")  # a file in Spec-Bench's format, or a name on the hub
     generate: tuple[str, ...] = ()  # tasks that code writes (experiments.generated), in place of the questions' file
+    long_prompts: bool = False  # each is read densely once for all rows; each task has caches of its own size
     rows: tuple[TableRow, ...] = (TableRow(),)
     claims: tuple[Claim, ...] = ()
     preset: Literal["smoke", "cpu", "gpu"] = "cpu"
@@ -141,12 +142,9 @@ class TableConfig:
 def measure(config: TableConfig, questions: dict[str, list[Question]]) -> dict[tuple[str, str], Cell]:
     """Returns {(row, task): cell}, measuring what is not yet kept in the config's folder."""
     cells: dict[tuple[str, str], Cell] = {}
-    rows: dict[str, Row] = {}
-    kept_at: dict[str, Path] = {}
-    loader = Loader(config.dtype)
-    asked = [question for some in questions.values() for question in some]
+    asked = {question.id for some in questions.values() for question in some}
     corpora = {row.name: _corpus(config, row, asked) for row in config.chosen}
-    keys = _keys(config, questions, corpora)
+    rows, keys = Rows(config, questions, corpora), _keys(config, questions, corpora)
     plan = [(task, row) for task in questions for row in config.chosen]
     paths = {(row.name, task): config.folder / "runs" / f"{task}--{row.name}.json" for task, row in plan}
     found = {place: load_cell(path, keys[place]) for place, path in paths.items()}
@@ -155,20 +153,12 @@ def measure(config: TableConfig, questions: dict[str, list[Question]]) -> dict[t
         if row.name == "plain" and any(found[other.name, task] is None for other in config.chosen):
             cell = None  # what is measured now is compared with plain decoding of now
         kept = cell is not None
-        if row.name not in rows and not kept:
-            rows[row.name] = _row(config, row, loader, asked)
-            if row.name in kept_at:
-                rows[row.name].take_warm(kept_at[row.name])
-            elif row.corpus:
-                rows[row.name].learn(loader, config.model, corpora[row.name])
         if cell is None:
-            cell = rows[row.name].measure(keys[row.name, task], questions[task], config.seed)
+            ready = rows.ready(row, task)
+            cell = ready.measure(keys[row.name, task], questions[task], config.seed)
             cell = cell.beside(cells.get(("plain", task), cell))
-            save_cell(path, cell, rows[row.name].warm)
-        else:
-            kept_at[row.name] = path
-            if row.name in rows:
-                rows[row.name].take_warm(path)
+            save_cell(path, cell, ready.warm)
+        rows.passed(row, path, measured=not kept)
         cells[row.name, task] = cell
         print(
             f"{done + 1:>3}/{len(plan)} {task:<14} {row.name:<24} MAT {cell.mat:.2f}  "
@@ -194,30 +184,9 @@ def _keys(
     return keys
 
 
-def _corpus(config: TableConfig, row: TableRow, asked: Sequence[Question]) -> list[Question]:
+def _corpus(config: TableConfig, row: TableRow, asked: set[str]) -> list[Question]:
     """Returns the questions whose replies the row starts from."""
-    return spare_questions(config.questions, {question.id for question in asked}, row.corpus) if row.corpus else []
-
-
-def _row(config: TableConfig, row: TableRow, loader: Loader, questions: Sequence[Question]) -> Row:
-    """Returns the row's method on the table's model, with a cache of one size for all of its questions."""
-    from decoding import DecodeFn
-
-    if row.draft and config.draft is None:
-        raise InputError(f"row {row.name!r} drafts with a second model: name it in draft")
-    longest = longest_prompt(questions, loader.model(config.model)[2], config.size.max_new_tokens)
-    decode_fn, params, tokenizer = loader.decode_fn(
-        config.model,
-        row.method,
-        row.options,
-        draft=config.draft if row.draft else None,
-        head=row.head,
-        max_new_tokens=config.size.max_new_tokens,
-        context=longest,
-    )
-    decode_fn = DecodeFn(dataclasses.replace(decode_fn.plan, cache_slots=decode_fn.plan.num_slots(longest)))
-    sampling = {name: value for name, value in dataclasses.asdict(row.sampling).items() if value is not None}
-    return Row(tokenizer, decode_fn, params, sampling, row.retrieval)
+    return spare_questions(config.questions, asked, row.corpus) if row.corpus else []
 
 
 def read_tasks(config: TableConfig) -> dict[str, list[Question]]:

@@ -25,7 +25,9 @@ hold here, the line under the table says so: the models are small, the machine i
 "paper" stand for other models and devices.
 """
 _BENCHES = (
+    ("long_context_bench", "python -m experiments.bench_long_context --config configs/bench/long_context.yaml"),
     ("speculation_bench", "python -m experiments.bench_speculation --config configs/bench/speculation.yaml"),
+    ("long_text_bench", "python -m experiments.bench --config configs/bench/long_text.yaml"),
     ("train_bench", "python -m experiments.bench --config configs/bench/train.yaml"),
 )
 

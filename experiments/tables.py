@@ -150,9 +150,12 @@ def _plot(config: "TableConfig", measures: Mapping[tuple[str, str], Mapping[str,
     from matplotlib.figure import Figure
 
     names = [row.name for row in config.chosen]
+    first = ("mat", "MAT")
+    if len({measures[name, ALL]["mat"] for name in names}) == 1 and "correct" in measures["plain", ALL]:
+        first = ("correct", "right answers")  # all take one token per step
     figure = Figure(figsize=(7, 0.45 * len(names) + 1.2), layout="constrained")
-    for axes, measure, title in zip(
-        figure.subplots(1, 2, sharey=True), ("mat", "speedup"), ("MAT", "speed over plain"), strict=True
+    for axes, (measure, title) in zip(
+        figure.subplots(1, 2, sharey=True), (first, ("speedup", "speed over plain")), strict=True
     ):
         values = [measures[name, ALL][measure] for name in names]
         axes.barh(names, values)

@@ -66,10 +66,12 @@ class TreeRows:
         ancestors: bool[B or 1, T, W]; [i, j] is true when row j of the tree is new row i itself or an ancestor of it.
         depth: i32[B or 1, W]; each row's distance from `length`, so that its position is length + depth. The caller
             passes the new rows' positions to the model.
+        memory: what a policy hands from layer to layer and, where it has something to keep, from step to step.
     """
 
     ancestors: jax.Array
     depth: jax.Array
+    memory: Any = None
 
 
 def dense_attend(q, k, v, cache, ctx, *, config, layer):
@@ -106,22 +108,32 @@ def tree_attend(q, k, v, cache, ctx: TreeRows, *, config, layer):
     The W rows of the tree stand at slots length..length+W-1 in tree order, the new ones last;
     `models.cache.commit` keeps an accepted path. Needs a cache. See `Attend` for the arguments.
     """
-    (batch, num_new), width = q.shape[:2], ctx.ancestors.shape[-1]
     start = cache.length
-    cache = append(cache, k, v, start + (width - num_new))
-    num_slots = cache.k.shape[2]
-    ancestors = jnp.broadcast_to(ctx.ancestors, (batch, num_new, width))
-    depth = jnp.broadcast_to(ctx.depth, (batch, width))
+    cache = append_rows(cache, k, v, ctx)
+    visible = visible_slots(start, ctx, q.shape[1], cache.k.shape[2], config.window)
+    return masked_attention(q, cache.k, cache.v, visible, config), cache, ctx
+
+
+def append_rows(cache: LayerCache, k: jax.Array, v: jax.Array, rows: TreeRows) -> LayerCache:
+    """Writes the new rows k, v [B, T, K, Dh] of a tree behind those that earlier passes wrote."""
+    return append(cache, k, v, cache.length + (rows.ancestors.shape[-1] - k.shape[1]))
+
+
+def visible_slots(start: jax.Array, rows: TreeRows, num_new: int, num_slots: int, window: int | None) -> jax.Array:
+    """Returns bool[B, T, S]: the slots that a tree's T new rows see, `start` (i32[B]) tokens being committed."""
+    batch, width = len(start), rows.ancestors.shape[-1]
+    ancestors = jnp.broadcast_to(rows.ancestors, (batch, num_new, width))
+    depth = jnp.broadcast_to(rows.depth, (batch, width))
     slots = jnp.arange(num_slots)[None, None, :]
     committed = jnp.broadcast_to(slots < start[:, None, None], (batch, num_new, num_slots))
     place = jax.vmap(lambda row, block, slot: jax.lax.dynamic_update_slice(row, block, (0, slot)))
     visible = place(committed, ancestors, start)
-    if config.window is not None:
+    if window is not None:
         positions = start[:, None] + depth
         slot_positions = jnp.broadcast_to(slots, (batch, 1, num_slots))
         slot_positions = place(slot_positions, positions[:, None, :], start)
-        visible &= slot_positions > positions[:, width - num_new :, None] - config.window
-    return masked_attention(q, cache.k, cache.v, visible, config), cache, ctx
+        visible &= slot_positions > positions[:, width - num_new :, None] - window
+    return visible
 
 
 def masked_attention(
@@ -139,15 +151,34 @@ def masked_attention(
     Returns:
         [B, T, H, Dh] in q's dtype.
     """
-    num_heads, length, head_dim = config.num_kv_heads, q.shape[1], q.shape[3]
-    scale = head_dim**-0.5 if config.scale is None else config.scale
-    rows = rearrange(q, "b t (k g) d -> (b k) (g t) d", k=num_heads)
-    scores = _head_products("nrd,nsd->nrs", rows, keys) * scale
-    scores = rearrange(softcap(scores, config.softcap), "(b k) (g t) s -> b k g t s", k=num_heads, t=length)
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _HIDDEN), axis=-1)
-    weights = rearrange(weights, "b k g t s -> (b k) (g t) s").astype(values.dtype)
-    out = _head_products("nrs,nsd->nrd", weights, values)
-    return rearrange(out, "(b k) (g t) d -> b t (k g) d", k=num_heads, t=length).astype(q.dtype)
+    scores = attention_scores(q, keys, config)
+    return attention_output(visible_softmax(scores, visible[:, None, None]), values).astype(q.dtype)
+
+
+def attention_scores(q: jax.Array, keys: jax.Array, config: AttentionConfig) -> jax.Array:
+    """Returns the scaled and capped products f32[B, K, G, T, S] of q [B, T, H, Dh] with all keys [B, K, S, Dh]."""
+    rows = rearrange(q, "b t (k g) d -> (b k) (g t) d", k=config.num_kv_heads)
+    scores = scaled(_head_products("nrd,nsd->nrs", rows, keys), config)
+    return rearrange(scores, "(b k) (g t) s -> b k g t s", k=config.num_kv_heads, t=q.shape[1])
+
+
+def attention_output(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns f32[B, T, H, Dh]: values [B, K, S, Dh] under weights f32[B, K, G, T, S]."""
+    num_heads, length = weights.shape[1], weights.shape[3]
+    rows = rearrange(weights, "b k g t s -> (b k) (g t) s").astype(values.dtype)
+    out = _head_products("nrs,nsd->nrd", rows, values)
+    return rearrange(out, "(b k) (g t) d -> b t (k g) d", k=num_heads, t=length)
+
+
+def scaled(products: jax.Array, config: AttentionConfig) -> jax.Array:
+    """Returns the scores of products q k^T: times the layer's scale, then capped."""
+    scale = config.head_dim**-0.5 if config.scale is None else config.scale
+    return softcap(products * scale, config.softcap)
+
+
+def visible_softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
+    """Returns the softmax over the last axis of scores f32[...] where `visible` (bool, broadcast to them) is true."""
+    return jax.nn.softmax(jnp.where(visible, scores, _HIDDEN), axis=-1)
 
 
 def _head_products(equation: str, rows: jax.Array, cached: jax.Array) -> jax.Array:

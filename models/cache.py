@@ -6,9 +6,11 @@ forward pass writes its keys and values at slots length..length+T-1 and leaves `
 which of those rows stay (`commit`).
 
 Axis letters: B batch, S slots, K key/value heads, Dh head width, W rows of one forward pass, C rows kept at most.
-Layers are stored [B, K, S, Dh]: each head's keys are one contiguous matrix.
+Layers are stored [B, K, S, Dh]: each head's keys are one contiguous matrix; or as `models.quantized_cache` says, in few
+bits.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -17,6 +19,7 @@ from einops import rearrange
 from flax import struct
 
 from models.config import AttentionConfig
+from models.quantized_cache import stored_like
 
 
 @struct.dataclass
@@ -24,7 +27,7 @@ class LayerCache:
     """One layer's part of the cache.
 
     Attributes:
-        k: [B, K, S, Dh] keys, already rotated.
+        k: [B, K, S, Dh] keys, already rotated; an array, or `QuantizedSlots`.
         v: [B, K, S, Dh] values.
         length: i32[B], tokens already in the cache (the same array for every layer).
     """
@@ -81,7 +84,10 @@ def append(layer: LayerCache, k: jax.Array, v: jax.Array, start: jax.Array | Non
     fits.
     """
     start = layer.length if start is None else start
-    return layer.replace(k=_write(layer.k, k, start), v=_write(layer.v, v, start))
+    write = functools.partial(_write, start=start)
+    return layer.replace(
+        k=jax.tree.map(write, layer.k, stored_like(layer.k, k)), v=jax.tree.map(write, layer.v, stored_like(layer.v, v))
+    )
 
 
 def commit(cache: KVCache, rows: jax.Array | None, count: jax.Array) -> KVCache:
@@ -96,9 +102,8 @@ def commit(cache: KVCache, rows: jax.Array | None, count: jax.Array) -> KVCache:
     Rotary phases stay right when a tree row moves: it was rotated with position length + depth, the slot it moves to.
     """
     if rows is not None:
-        k = tuple(_compact(x, rows, cache.length) for x in cache.k)
-        v = tuple(_compact(x, rows, cache.length) for x in cache.v)
-        cache = cache.replace(k=k, v=v)
+        move = functools.partial(_compact, rows=rows, start=cache.length)
+        cache = cache.replace(k=jax.tree.map(move, cache.k), v=jax.tree.map(move, cache.v))
     return cache.replace(length=cache.length + count)
 
 
@@ -106,7 +111,7 @@ def _write(buffer: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:
     """buffer [B, K, S, Dh], values [B, T, K, Dh], start i32[B]."""
     heads = buffer.shape[1]
     rows = rearrange(buffer, "b k s d -> (b k) s d")
-    values = rearrange(values, "b t k d -> (b k) t d").astype(buffer.dtype)
+    values = rearrange(values, "b t k d -> (b k) t d")
     write = jax.vmap(lambda row, new, slot: jax.lax.dynamic_update_slice(row, new, (slot, 0)))
     return rearrange(write(rows, values, jnp.repeat(start, heads)), "(b k) s d -> b k s d", k=heads)
 

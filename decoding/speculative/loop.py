@@ -6,48 +6,52 @@ batch accepts its own number of tokens; no row waits for another.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decoding.method import Call, Steps, WithDraft, target_params
+from decoding.method import Call, Policy, Steps, WithDraft, target_params
 from decoding.prefill import Prompts, prompt_tokens
 from decoding.sampling import step_keys
 from decoding.speculative.drafter import Drafter, Round, Seen
 from decoding.speculative.target import Target, Verified
 from decoding.speculative.tree import TokenTree
 from decoding.speculative.verify import verify
-from decoding.state import DecodeState, emit
+from decoding.state import DecodeState, emit, run_if
 from models.attention import TreeRows, tree_attend
 from models.cache import KVCache, commit
 from models.decoder import Decoder
 
+TREE = Policy(tree_attend)
 _DRAFT = 0x5EED  # folds a step's key for the drafter; the verifier folds with row numbers
 
 
 @struct.dataclass
 class SpeculativeCarry:
-    """What every speculative method keeps: the drafter's state, the call, bool[B, V] tokens of prompt and output."""
+    """What every speculative method keeps: the drafter's state, the call, bool[B, V] tokens of prompt and output, and
+    what the target's attention policy remembers.
+    """
 
     draft: Any
     call: Call
     seen: jax.Array
+    memory: Any = None
 
 
-def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, ...]) -> Steps:
-    """Returns the steps of a method that drafts with `drafter` and verifies with `model`."""
+def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, ...], policy: Policy = TREE) -> Steps:
+    """Returns the steps of a method that drafts with `drafter` and verifies with `model`, which attends by `policy`."""
     sizes = (*drafter.smaller, drafter.width)
-    finish = functools.partial(verify_step, model, drafter, stop_tokens)
+    finish = functools.partial(verify_step, model, drafter, stop_tokens, policy)
 
     def init(params: Any, prompts: Prompts, cache: KVCache, call: Call) -> SpeculativeCarry:
         read = prompts if call.draft_prompts is None else call.draft_prompts
         slots = cache.num_slots - prompts.tokens.shape[1] + read.tokens.shape[1]
         seen = prompt_tokens(prompts, model.config.vocab_size)
         draft = drafter.init(params, read, slots, call)
-        return SpeculativeCarry(draft, call.replace(warm=None, draft_prompts=None), seen)
+        call = call.replace(warm=None, draft_prompts=None)
+        return SpeculativeCarry(draft, call, seen, policy.init(cache))
 
     def step(params: Any, state: DecodeState) -> DecodeState:
         carry = state.carry
@@ -69,12 +73,12 @@ def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, .
             found = _nothing(drafter, carry.seen.shape)
             for index, size in enumerate(sizes):
                 run = functools.partial(finish, params, tree=tree.first(size))
-                state, found = _run_if(chosen == index, run, state, found)
+                state, found = run_if(chosen == index, lambda pair, run=run: run(pair[0]), (state, found))
         draft = drafter.observe(_draft_params(params), draft, Seen(tree, found.digest, found.verified, found.emitted))
         return state.replace(carry=state.carry.replace(draft=draft))
 
     rows = max(drafter.width, drafter.most)  # what is read behind the text, and what `commit` moves there
-    return Steps(init, step, rows, drafter.most, drafter.cold, lambda carry: drafter.warm(carry.draft))
+    return Steps(init, step, policy, rows, drafter.most, drafter.cold, lambda carry: drafter.warm(carry.draft))
 
 
 @struct.dataclass
@@ -87,7 +91,13 @@ class Found:
 
 
 def verify_step(
-    model: Decoder, drafter: Drafter, stop_tokens: tuple[int, ...], params: Any, state: DecodeState, tree: TokenTree
+    model: Decoder,
+    drafter: Drafter,
+    stop_tokens: tuple[int, ...],
+    policy: Policy,
+    params: Any,
+    state: DecodeState,
+    tree: TokenTree,
 ) -> tuple[DecodeState, Found]:
     """Runs the target over a tree (or the first rows of it) and keeps what is verified; the drafter is not asked."""
     carry = state.carry
@@ -96,8 +106,8 @@ def verify_step(
         tree.tokens,
         positions=state.cache.length[:, None] + tree.depth,
         cache=state.cache,
-        attend=tree_attend,
-        ctx=TreeRows(tree.ancestors, tree.depth),
+        attend=policy.attend,
+        ctx=TreeRows(tree.ancestors, tree.depth, carry.memory),
     )
     target = Target(output.logits, carry.call.sampling, carry.seen, carry.call.keys, state.lengths)
     verified = verify(drafter.mode, tree, target, drafter.most)
@@ -111,7 +121,8 @@ def verify_step(
     digest = jax.tree.map(
         lambda x: jnp.pad(x, ((0, 0), (0, unread), *((0, 0) for _ in x.shape[2:]))), drafter.digest(output.logits)
     )
-    after = after.replace(cache=cache, stats=after.stats.replace(accepted=accepted), carry=carry.replace(seen=seen))
+    carry = carry.replace(seen=seen, memory=output.aux.memory)
+    after = after.replace(cache=cache, stats=after.stats.replace(accepted=accepted), carry=carry)
     return after, Found(verified, emitted, digest)
 
 
@@ -121,17 +132,6 @@ def _nothing(drafter: Drafter, shape: tuple[int, int]) -> Found:
     digest = jax.eval_shape(drafter.digest, jax.ShapeDtypeStruct((batch, drafter.width, vocab), jnp.float32))
     path, count = jnp.zeros((batch, drafter.most), jnp.int32), jnp.zeros((batch,), jnp.int32)
     return Found(Verified(path, path, count), count, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), digest))
-
-
-def _run_if(
-    wanted: jax.Array, run: Callable[[DecodeState], tuple[DecodeState, Found]], state: DecodeState, found: Found
-) -> tuple[DecodeState, Found]:
-    """Returns run(state) where wanted (bool[]), else both as they are: a loop of one turn, since `lax.cond` copies
-    caches.
-    """
-    return jax.lax.while_loop(lambda carry: carry[0], lambda carry: (~wanted, *run(carry[1])), (wanted, state, found))[
-        1:
-    ]
 
 
 def _draft_params(params: Any) -> Any:

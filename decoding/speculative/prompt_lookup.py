@@ -106,7 +106,7 @@ def learned(draft: Draft, seen: Seen) -> Estimate:
     return draft.estimate.counted(place, tried, hit).settled(jnp.maximum(seen.emitted - 1, 0).sum())
 
 
-def make_prompt_lookup(model: Decoder, options: PromptLookupOptions, stop_tokens: tuple[int, ...]) -> Steps:
+def lookup_drafter(options: PromptLookupOptions) -> Drafter:
     """Drafts a chain of `options.length` copied tokens."""
     template = chain(options.length)
     curve = options.latency and options.latency.upto(template.width)
@@ -141,8 +141,12 @@ def make_prompt_lookup(model: Decoder, options: PromptLookupOptions, stop_tokens
         return draft.replace(text=text, estimate=learned(draft, seen) if curve else None)
 
     most = options.length + 1
-    drafter = Drafter(template.width, most, "node", init, propose, observe, cold, lambda draft: draft.estimate, smaller)
-    return make_speculative(model, drafter, stop_tokens)
+    return Drafter(template.width, most, "node", init, propose, observe, cold, lambda draft: draft.estimate, smaller)
+
+
+def make_prompt_lookup(model: Decoder, options: PromptLookupOptions, stop_tokens: tuple[int, ...]) -> Steps:
+    """Verifies what `lookup_drafter` drafts."""
+    return make_speculative(model, lookup_drafter(options), stop_tokens)
 
 
 PROMPT_LOOKUP = Method("exact", PromptLookupOptions, make_prompt_lookup, temperature=0.0)

@@ -33,14 +33,25 @@ from tests.support.decode_reference import (
 
 DRAWS = 40_000
 PROMPT = [2, 0, 3]
-SMALL = {  # options of methods that take long to compile
+SMALL = {  # options of methods that take long to compile, or that would read all of a short text
     "aded": {"slots": 256, "iterations": 20, "sentences": 6},
     "dyspec": {"budget": 5, "frontier": 3, "depth": 3},
+    "lserve": {
+        "budget": 6,
+        "page": 2,
+        "logical": 1,
+        "reuse": 2,
+        "sink": 1,
+        "local": 3,
+        "gates": ((0.1, 0.9), (0.0, 0.0), (0.8, 0.2)),
+    },
     "rapid": {"length": 3},
     "rsd_c": {"children": (3, 2)},
     "rsd_s": {"beams": 3, "depth": 2},
     "specdec_pp": {"longest": 3},
     "speculative_sampling": {"length": 3},
+    "streaming": {"sink": 2, "local": 4},
+    "tidal": {"budget": 4, "select": (0,), "correct_every": 5},
     "token_recycling": {"width": 20},
 }
 SHARED = ("embedding", "final_norm", "unembedding")

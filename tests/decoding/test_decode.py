@@ -170,6 +170,12 @@ _ATTENTION = AttentionConfig(num_heads=6, num_kv_heads=3, head_dim=10)
 _CONFIG = DecoderConfig(
     "llama", vocab_size=67, width=44, blocks=(BlockConfig(_ATTENTION, MLPConfig(80)),) * 2, max_length=256
 )
+_GATES = ((0.1, 0.2, 0.3), (0.6, 0.5, 0.4))
+_OPTIONS = {
+    "lserve": {"budget": 12, "page": 4, "logical": 2, "reuse": 2, "gates": _GATES, "sink": 1, "local": 3},
+    "streaming": {"sink": 2, "local": 4},
+    "tidal": {"budget": 6, "select": (0,), "correct_every": 4},
+}
 _SMALLEST = 44 * 30  # the key projection; a layer's cache has 3 * 103 * 10 numbers per row
 _CACHE_SIDES = {103, 10}  # slots and head width: no other array has both
 _MOVE = re.compile(r"%(\S+) = (\([^()]*\)|\S+) (copy|copy-start|transpose|slice|dynamic-slice|gather|fusion)\(")
@@ -196,8 +202,8 @@ def compiled_advance(batch: int, method: str, step=advance) -> str:
     """Returns the optimised HLO of `step` for a batch, with the state donated as `DecodeFn.advance` does."""
     model = Decoder(_CONFIG)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
-    options = {"draft": model} if METHODS[method].drafts else {}
-    params = WithDraft(params, params) if options else params
+    options = {"draft": model} if METHODS[method].drafts else _OPTIONS.get(method, {})
+    params = WithDraft(params, params) if METHODS[method].drafts else params
     rows = make_decode_fn(model, method, **options).plan.steps().rows
     fn = make_decode_fn(model, method, max_new_tokens=103 - 16 - (rows - 1), **options)
     prompts, call = fn.inputs([[1, 2, 3]] * batch)
@@ -207,7 +213,18 @@ def compiled_advance(batch: int, method: str, step=advance) -> str:
     return jitted.lower(fn.plan, params, state, jnp.int32(9)).compile().as_text()
 
 
-@pytest.mark.parametrize(("batch", "method"), [(1, "greedy"), (8, "greedy"), (1, "sample"), (1, "entropy_adaptive")])
+@pytest.mark.parametrize(
+    ("batch", "method"),
+    [
+        (1, "greedy"),
+        (8, "greedy"),
+        (1, "sample"),
+        (1, "entropy_adaptive"),
+        (1, "streaming"),
+        (1, "tidal"),
+        (1, "lserve"),
+    ],
+)
 def test_compiled_steps_copy_neither_cache_nor_weights(batch, method):
     hlo = compiled_advance(batch, method)
     assert "while(" in hlo and len(re.findall(r" (?:dot|fusion|custom-call)\(", hlo)) > 20

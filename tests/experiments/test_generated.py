@@ -2,17 +2,22 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from experiments.generated import GENERATED, generate, is_correct
 from models.errors import InputError
 
 
+def texts_of(question) -> tuple:
+    return question.document, question.turns
+
+
 def test_questions_come_from_the_seed_alone():
     few, many = generate(tuple(GENERATED), 3, seed=1), generate(tuple(GENERATED), 5, seed=1)
     assert [q for q in many if int(q.id.rsplit("-", 1)[1]) < 3] == few
-    assert len({q.turns for q in many}) == len(many) and len({q.id for q in many}) == len(many)
-    assert not {q.turns for q in generate(tuple(GENERATED), 3, seed=2)} & {q.turns for q in few}
+    assert len({texts_of(q) for q in many}) == len(many) and len({q.id for q in many}) == len(many)
+    assert not {texts_of(q) for q in generate(tuple(GENERATED), 3, seed=2)} & {texts_of(q) for q in few}
     assert {q.task for q in few} == set(GENERATED)
 
 
@@ -63,6 +68,17 @@ def test_documents_are_as_long_as_asked_for_and_hold_the_answer():
     for question in generate(("needle", "two_needles"), 3, document_words=120):
         assert 120 <= len(question.document.split()) < 140
         assert question.document.count(question.answer) == 1 and question.answer not in question.turns[0]
+
+
+def test_tasks_with_a_size_have_documents_of_that_size():
+    texts = {task: generate((task,), 1, document_words=90)[0].document for task in GENERATED}
+    for task in ("needle", "key_value"):
+        words = [len(texts[name].split()) for name in (task, *(f"{task}_{size}k" for size in (2, 4, 8, 16)))]
+        assert words[0] < 120 and words[1] > 200
+        np.testing.assert_allclose(np.divide(words[2:], words[1]), [2, 4, 8], rtol=0.02)
+    question = generate(("key_value_4k",), 1)[0]
+    assert question.task == "key_value_4k" and question.id == "key_value_4k-0-0"
+    assert is_correct(f'The value is "{question.answer}".', question.answer)
 
 
 def test_unknown_tasks_are_named():

@@ -1,5 +1,6 @@
 """Needle documents, read by a few regular expressions: the answer follows from the text, and from one place alone."""
 
+import json
 import random
 import re
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.needles import needle_document
+from experiments.needles import key_value_document, needle_document
 from models.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -73,3 +74,29 @@ def test_the_random_state_says_it_all():
 def test_what_cannot_be(words, hops, message):
     with pytest.raises(InputError, match=message):
         needle_document(random.Random(0), words, hops)
+
+
+@pytest.mark.parametrize("words", (2, 80, 4000))
+def test_a_key_has_one_value(words):
+    for seed in range(10):
+        document, question, answer = key_value_document(random.Random(seed), words)
+        pairs = json.loads(document, object_pairs_hook=lambda pairs: pairs)
+        assert len(pairs) == len(dict(pairs)) == len({value for _, value in pairs}) == words // 2
+        (key,) = re.findall(r'"(\d+)"', question)
+        assert dict(pairs)[key] == answer and re.fullmatch(r"\d{5}", answer) and document.count(answer) == 1
+    first = key_value_document(random.Random(7), words)
+    assert first == key_value_document(random.Random(7), words) != key_value_document(random.Random(8), words)
+
+
+def test_keys_that_are_asked_for_are_anywhere():
+    places = []
+    for seed in range(60):
+        document, _, answer = key_value_document(random.Random(seed), 200)
+        places.append(document.index(answer) / len(document))
+    assert min(places) < 0.1 and max(places) > 0.9 and 0.35 < sum(places) / len(places) < 0.65
+
+
+@pytest.mark.parametrize("words", (1, 8001))
+def test_objects_that_cannot_be(words):
+    with pytest.raises(InputError, match="2 to 8000"):
+        key_value_document(random.Random(0), words)

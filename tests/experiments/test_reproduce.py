@@ -11,6 +11,7 @@ from filelock import FileLock
 from experiments import cells, reproduce
 from experiments.cells import Cell, total
 from experiments.tables import measures_of
+from experiments.timed import SharedPrompts
 from models.errors import InputError
 from tests.support.tiny_folder import write_tiny_folder
 
@@ -213,3 +214,51 @@ def test_figures():
     assert figures["break_even"] == pytest.approx((3 / 3) / (5 / 6))
     both = total([plain, fast])
     assert both.emitted == 12 and both.steps == 9 and both.histogram == [0, 9] and both.decode_seconds == 8.0
+
+
+LONG = """
+table: long
+generate: [needle, key_value]
+long_prompts: true
+rows:
+  - {name: plain}
+  - {name: tidal, method: tidal, options: {budget: 16, select: [0]}}
+  - {name: paged, method: lserve, options: {budget: 48, page: 16, gates: measured, sink: 8, local: 24}}
+  - {name: random, method: lserve, options: {budget: 48, page: 16, gates: 1, sink: 8, local: 24}}
+  - {name: everything, method: streaming, options: {sink: 1000, local: 1000}}
+claims:
+  - {text: A dense step is slower, row: plain, than: tidal, measure: break_even, factor: 0.001}
+presets:
+  smoke: {per_task: 2, max_new_tokens: 5, document_words: 60}
+"""
+
+
+def test_long_prompts_are_read_once_for_all_rows(table, tmp_path, monkeypatch, capsys):
+    run, out = table
+    longer = str(write_tiny_folder(tmp_path / "longer", max_length=1024))
+    (tmp_path / "table.yaml").write_text(LONG)
+    begun, slots, read = [], set(), SharedPrompts.__call__
+
+    def counted(shared, decode_fn, params, prompts):
+        begun.append(len(shared._kept))
+        slots.add((prompts.tokens.shape[1], decode_fn.plan.cache_slots))
+        return read(shared, decode_fn, params, prompts)
+
+    monkeypatch.setattr(SharedPrompts, "__call__", counted)
+    run("--model", longer)
+    assert max(begun) == 2 and begun.count(0) == 2, "two questions of two tasks"
+    assert len({cache for _, cache in slots}) == 2, "caches of each task's own size"
+    cells = {path.stem: json.loads(path.read_text()) for path in (out / "runs").glob("*.json")}
+    for task in ("needle", "key_value"):
+        plain = cells[f"{task}--plain"]
+        assert cells[f"{task}--everything"]["tokens"] == plain["tokens"]
+        for row in ("tidal", "paged", "random", "everything"):
+            assert cells[f"{task}--{row}"]["prefill_seconds"] == pytest.approx(plain["prefill_seconds"], abs=0.1)
+    assert "A dense step is slower: **reproduced** here" in (out / "table.md").read_text()
+    (tmp_path / "table.yaml").write_text(LONG.replace("long_prompts: true", "long_prompts: false"))
+    for path in (out / "runs").iterdir():
+        path.unlink()
+    monkeypatch.setattr(SharedPrompts, "__call__", None)
+    run("--model", longer)
+    for name, cell in cells.items():
+        assert json.loads((out / "runs" / f"{name}.json").read_text())["tokens"] == cell["tokens"]

@@ -8,7 +8,9 @@ import pytest
 from decoding import METHODS
 from decoding.speculative.sizing import LatencyCurve
 from experiments.bench import BenchConfig
+from experiments.bench_long_context import LongContextBenchConfig
 from experiments.bench_speculation import SpeculationBenchConfig
+from experiments.bench_text import LongTextConfig
 from experiments.bench_train import TrainBenchConfig
 from experiments.check_exact import ExactCheckConfig
 from experiments.config import dump_config, load_config
@@ -26,7 +28,9 @@ KINDS = {
     "bench/decode": BenchConfig,
     "bench/exact": ExactCheckConfig,
     "bench/train": TrainBenchConfig,
+    "bench/long_context": LongContextBenchConfig,
     "bench/speculation": SpeculationBenchConfig,
+    "bench/long_text": LongTextConfig,
     "tables": TableConfig,
     "tables/adapters": TrainTableConfig,
     "tables/emo": TrainTableConfig,
@@ -66,6 +70,10 @@ def chosen(config):
         yield from ((checked.method, checked.options, METHODS[checked.method].drafts) for checked in config.methods)
     elif isinstance(config, TableConfig):
         yield from ((row.method, row.options, row.draft and config.draft is not None) for row in config.rows)
+    elif isinstance(config, LongTextConfig):
+        yield from ((row.method, row.options, False) for row in config.rows)
+    elif isinstance(config, LongContextBenchConfig):
+        yield from ((side.method, side.options, False) for side in config.sides)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
@@ -75,6 +83,7 @@ def test_methods_and_options_exist(file):
         assert METHODS[method].drafts == drafts
         assert set(options) <= {field.name for field in dataclasses.fields(METHODS[method].options)}
         measured = {"latency": CURVE} if options.get("latency") == MEASURED else {}
+        measured |= {"gates": ((0.5,),)} if isinstance(options.get("gates"), str | int) else {}
         METHODS[method].options(**{**options, **measured})
 
 
