@@ -19,8 +19,9 @@ from jax.sharding import Mesh
 from decoding import autoregressive
 from decoding.arguments import read_keys, read_limit, read_sampling, whole_number
 from decoding.entropy_adaptive import ENTROPY_ADAPTIVE
-from decoding.method import Call, Method, Steps, WithDraft, target_params
-from decoding.prefill import Prompts, pad_prompts, prefill
+from decoding.method import Call, Method, Steps, WithDraft, target_params, with_kernels
+from decoding.prefill import Prompts, observed_prefill, pad_prompts
+from decoding.sparse.core_infer import CORE_INFER
 from decoding.sparse.lserve import LSERVE
 from decoding.sparse.streaming import STREAMING
 from decoding.sparse.tidal import TIDAL
@@ -41,6 +42,7 @@ METHODS: dict[str, Method] = {
     "greedy": autoregressive.GREEDY,
     "sample": autoregressive.SAMPLE,
     "aded": ADED,
+    "core_infer": CORE_INFER,
     "dyspec": DYSPEC,
     "entropy_adaptive": ENTROPY_ADAPTIVE,
     "lserve": LSERVE,
@@ -78,15 +80,17 @@ class Plan:
 
 def start(plan: Plan, params: Any, prompts: Prompts, call: Call) -> DecodeState:
     """Reads the prompts into the cache and returns the state before the first step. Pure."""
-    steps = plan.steps()
-    cache = prefill(plan.model, target_params(params), prompts, plan.num_slots(prompts.tokens.shape[1]))
+    steps, target, slots = plan.steps(), target_params(params), plan.num_slots(prompts.tokens.shape[1])
+    cache, seen = observed_prefill(plan.model, target, prompts, slots, steps.tailor and steps.tailor.observer)
     last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
-    return init_state(cache, last, call.limit, plan.room, steps.most, steps.init(params, prompts, cache, call))
+    state = init_state(cache, last, call.limit, plan.room, steps.most, steps.init(params, prompts, cache, call))
+    return state if steps.tailor is None else state.replace(kernels=steps.tailor.kernels(target, seen, call))
 
 
 def advance(plan: Plan, params: Any, state: DecodeState, max_steps: jax.Array) -> DecodeState:
     """Takes steps until every row is done, `max_steps` (i32[]) at most. Pure; the one decoding loop."""
-    step = plan.steps().step
+    step, kernels = plan.steps().step, state.kernels
+    params = with_kernels(params, kernels)
 
     def unfinished(carry):
         taken, state = carry
@@ -96,7 +100,8 @@ def advance(plan: Plan, params: Any, state: DecodeState, max_steps: jax.Array) -
         taken, state = carry
         return taken + 1, step(params, state)
 
-    return jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state))[1]
+    first = jnp.zeros((), jnp.int32), state.replace(kernels=None)  # which no step changes
+    return jax.lax.while_loop(unfinished, body, first)[1].replace(kernels=kernels)
 
 
 def decode(plan: Plan, params: Any, prompts: Prompts, call: Call) -> DecodeOutput:
@@ -156,7 +161,8 @@ class DecodeFn:
                 a part of it makes the same call.
             prompts: B lists of token ids, each of any length.
             rng: a seed or key for the batch (row b then uses that key folded with b), or B seeds or keys, one per row.
-                A row's text depends on its own seed and prompt alone.
+                A row's text depends on its own seed and prompt alone, but where a method says that rows share
+                something (`Method.shared`).
             max_new_tokens: new tokens wanted, for all rows or one number per row; None or at most what the function was
                 made with.
             warm: an earlier output's `warm`, to start from what a drafter has learned; None starts afresh.
