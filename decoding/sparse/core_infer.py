@@ -9,7 +9,8 @@ prompt of M tokens, in each of the layers `first` to `last`
     S     = the int(beta * F) neurons with the most votes
 
 and decoding multiplies with these columns of gate and up and these rows of down alone. Prompts are read with the whole
-weights, and all their tokens vote, the last included.
+weights, and all their tokens vote, the last included. Similarity-guided (for prompts too short to say much), S is that
+of a cluster of texts (`neuron_clusters`, given as the option `clusters`).
 
 Notes: votes that are equal are ranked by the sum of a over the prompt, then by the neuron's index; this also fills S
 where fewer neurons have votes. What is larger is meant with its sign, as in the released code, though the sign of gated
@@ -22,16 +23,19 @@ Axis letters: B batch, T tokens read, D model width, F feed-forward width, N neu
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from decoding.autoregressive import DENSE
 from decoding.method import Call, Method, Steps, Tailor
-from decoding.prefill import Observer
+from decoding.prefill import Observer, Prompts, observed_prefill, pad_prompts
+from decoding.sparse.neuron_clusters import Clusters, cluster_neurons
 from decoding.sparse.steps import SparseOptions, policy_steps
 from decoding.speculative.loop import TREE
 from models.config import DecoderConfig
@@ -54,6 +58,7 @@ class CoreInferOptions(SparseOptions):
             of |a|. `random`: nothing that is in the prompt, as a control.
         first: the first layer with chosen neurons; None: 6 of 32, in proportion.
         last: the last one; None: 26 of 32, in proportion.
+        clusters: whose neurons to take in place of the prompt's own; made with the other options the same.
     """
 
     alpha: float = 0.4
@@ -61,6 +66,7 @@ class CoreInferOptions(SparseOptions):
     choose: Choice = "core"
     first: int | None = None
     last: int | None = None
+    clusters: Clusters | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,7 +101,18 @@ def sparse_layers(config: DecoderConfig, options: CoreInferOptions) -> range:
     narrowest = min(config.blocks[layer].mlp.width for layer in range(first, last + 1))
     if int(options.beta * narrowest) < 1:
         raise InputError(f"beta {options.beta} keeps none of {narrowest} neurons: raise it to {1 / narrowest:.2g}")
-    return range(first, last + 1)
+    layers = range(first, last + 1)
+    if options.clusters is not None:
+        wanted = [(layer, int(options.beta * config.blocks[layer].mlp.width)) for layer in layers]
+        found = [
+            (layer, sets.shape[1]) for layer, sets in zip(options.clusters.layers, options.clusters.sets, strict=True)
+        ]
+        if wanted != found:
+            raise InputError(
+                "clusters were made for another model, or with another beta, first or last: wanted (layer, neurons) "
+                f"{wanted}, got {found}"
+            )
+    return layers
 
 
 def strongest(activations: jax.Array, limit: jax.Array, most: int) -> jax.Array:
@@ -173,12 +190,62 @@ def _sliced_mlp(mlp: dict[str, Any], neurons: jax.Array) -> dict[str, Any]:
     return {**parts, "down": {"kernel": select(mlp["down"]["kernel"], neurons, axis=0)}}
 
 
+def neuron_clusters(
+    model: Decoder,
+    params: Any,
+    texts: Sequence[Sequence[int]],
+    options: CoreInferOptions | None = None,
+    *,
+    num: int | None = None,
+    seed: int = 0,
+) -> Clusters:
+    """Returns clusters of texts like the prompts to come, for the option `clusters`.
+
+    Args:
+        model: the network.
+        params: its parameters.
+        texts: lists of token ids.
+        options: those of the method, to which the clusters are then added; None: the defaults.
+        num: clusters; 1: a set of neurons that is the same for all prompts. None: found from the texts, 4 to 10.
+        seed: of the clustering.
+
+    Raises:
+        InputError: no texts, no clusters, or options that do not fit the model.
+    """
+    options = CoreInferOptions() if options is None else dataclasses.replace(options, clusters=None)
+    if num is not None and num < 1:
+        raise InputError(f"num must be at least 1 cluster, got {num}")
+    layers = sparse_layers(model.config, options)
+    rows = [pad_prompts([text], model.config.vocab_size) for text in texts]
+    found = [_core_neurons(model, options, params, row) for row in rows]
+    if not found:
+        raise InputError("no texts: pass a list of lists of token ids")
+    hot = []
+    for index, layer in enumerate(layers):
+        hot.append(np.zeros((len(found), model.config.blocks[layer].mlp.width), np.float32))
+        for row, neurons in enumerate(found):
+            hot[-1][row, np.asarray(neurons[index])] = 1.0
+    guide = min(max(25 * len(model.config.blocks) // 32, layers[0]), layers[-1])
+    return cluster_neurons(layers, guide, hot, [len(neurons) for neurons in found[0]], num, seed)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _core_neurons(model: Decoder, options: CoreInferOptions, params: Any, prompts: Prompts) -> tuple[jax.Array, ...]:
+    """Returns i32[N] for each sparse layer: the neurons that a batch of prompts would decode with."""
+    observer = vote_observer(model.config, options)
+    return chosen_neurons(observed_prefill(model, params, prompts, prompts.tokens.shape[1], observer)[1], options)
+
+
 def make_core_infer(model: Decoder, options: CoreInferOptions, stop_tokens: tuple[int, ...]) -> Steps:
     """Samples (greedily by default) with the core neurons of the prompts."""
     layers = sparse_layers(model.config, options)
 
     def kernels(params: Any, votes: tuple[Votes, ...], call: Call) -> dict[str, Any]:
-        return sliced(params, layers, chosen_neurons(votes, options))
+        chosen = chosen_neurons(votes, options)
+        if options.clusters is not None:
+            nearest = options.clusters.nearest(chosen[layers.index(options.clusters.guide)])
+            chosen = tuple(jnp.asarray(sets)[nearest] for sets in options.clusters.sets)
+        return sliced(params, layers, chosen)
 
     steps = policy_steps(model, TREE if options.drafted else DENSE, options, stop_tokens)
     return steps._replace(tailor=Tailor(vote_observer(model.config, options), kernels))
