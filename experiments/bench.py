@@ -1,6 +1,7 @@
 """Times decoding on this machine: `python -m experiments.bench --config configs/bench/decode.yaml`.
 
-With `type: train` it times training in place of decoding (`experiments.bench_train`).
+With `type: train` it times training in place of decoding (`experiments.bench_train`), with `type: core_infer` what
+fewer neurons save and cost (`experiments.bench_core_infer`).
 
 Our jitted greedy decoding and, where torch and transformers can be imported, Hugging Face generate, on the same
 weights, dtype, prompts and token counts, in alternation in one run. Times of a run are medians over its repeats; every
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from experiments.bench_core_infer import CoreInferBenchConfig, bench_core_infer
 from experiments.bench_train import TrainBenchConfig, bench_training
 from experiments.config import chosen_type, load_config
 from experiments.runtime import run_main, setup_runtime
@@ -186,16 +188,11 @@ def _theirs(path: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tra
 
 
 def main() -> None:
-    """Times what the config says: decoding or training."""
-    config = load_config(
-        TrainBenchConfig if chosen_type(sys.argv[1:]) == "train" else BenchConfig,
-        prog="python -m experiments.bench",
-        description="Times decoding or, with `type: train`, training on this machine.",
-    )
-    if isinstance(config, TrainBenchConfig):
-        bench_training(config)
-    else:
-        bench_decoding(config)
+    """Measures what the config's `type` says."""
+    kinds = {"train": (TrainBenchConfig, bench_training), "core_infer": (CoreInferBenchConfig, bench_core_infer)}
+    kind, bench = kinds.get(chosen_type(sys.argv[1:]), (BenchConfig, bench_decoding))
+    description = "Times decoding on this machine or, by its `type`, training (train) or fewer neurons (core_infer)."
+    bench(load_config(kind, prog="python -m experiments.bench", description=description))
 
 
 def bench_decoding(config: BenchConfig) -> None:

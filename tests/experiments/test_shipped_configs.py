@@ -8,6 +8,7 @@ import pytest
 from decoding import METHODS
 from decoding.speculative.sizing import LatencyCurve
 from experiments.bench import BenchConfig
+from experiments.bench_core_infer import CoreInferBenchConfig
 from experiments.bench_speculation import SpeculationBenchConfig
 from experiments.bench_train import TrainBenchConfig
 from experiments.config import dump_config, load_config
@@ -24,6 +25,7 @@ KINDS = {
     "decode": DecodeConfig,
     "bench/decode": BenchConfig,
     "bench/train": TrainBenchConfig,
+    "bench/core_infer": CoreInferBenchConfig,
     "bench/speculation": SpeculationBenchConfig,
     "tables": TableConfig,
     "tables/adapters": TrainTableConfig,
