@@ -19,8 +19,9 @@ from jax.sharding import Mesh
 from decoding import autoregressive
 from decoding.arguments import read_keys, read_limit, read_sampling, whole_number
 from decoding.entropy_adaptive import ENTROPY_ADAPTIVE
-from decoding.method import Call, Method, Steps, WithDraft, target_params
-from decoding.prefill import Prompts, pad_prompts, prefill
+from decoding.method import Call, Method, Steps, WithDraft, target_params, with_kernels
+from decoding.prefill import Prompts, observed_prefill, pad_prompts
+from decoding.sparse.core_infer import CORE_INFER
 from decoding.sparse.lserve import LSERVE
 from decoding.sparse.streaming import STREAMING
 from decoding.sparse.tidal import TIDAL
@@ -42,6 +43,7 @@ METHODS: dict[str, Method] = {
     "greedy": autoregressive.GREEDY,
     "sample": autoregressive.SAMPLE,
     "aded": ADED,
+    "core_infer": CORE_INFER,
     "dyspec": DYSPEC,
     "entropy_adaptive": ENTROPY_ADAPTIVE,
     "lserve": LSERVE,
@@ -85,21 +87,23 @@ def start(plan: Plan, params: Any, prompts: Prompts, call: Call, cache: KVCache 
         params: the model's parameters.
         prompts: the batch.
         call: what the user has set.
-        cache: one of the plan's size that holds the prompts but for their last tokens (`decoding.prefill`); None: they
-            are read here, as the method reads them.
+        cache: one of the plan's size that holds the prompts but for their last tokens (`decoding.prefill`). None: they
+            are read here, as the method reads them; and so they are where it looks on (`decoding.method.Tailor`).
     """
-    steps = plan.steps()
-    if cache is None:
-        slots = plan.num_slots(prompts.tokens.shape[1])
-        cache = prefill(plan.model, target_params(params), prompts, slots, steps.policy.read)
+    steps, target, seen = plan.steps(), target_params(params), None
+    if cache is None or steps.tailor is not None:
+        slots, observer = plan.num_slots(prompts.tokens.shape[1]), steps.tailor and steps.tailor.observer
+        cache, seen = observed_prefill(plan.model, target, prompts, slots, steps.policy.read, observer)
     last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
     carry = steps.init(params, prompts, cache, call)
-    return init_state(steps.policy.keep(cache), last, call.limit, plan.room, steps.most, carry)
+    state = init_state(steps.policy.keep(cache), last, call.limit, plan.room, steps.most, carry)
+    return state if steps.tailor is None else state.replace(kernels=steps.tailor.kernels(target, seen, call))
 
 
 def advance(plan: Plan, params: Any, state: DecodeState, max_steps: jax.Array) -> DecodeState:
     """Takes steps until every row is done, `max_steps` (i32[]) at most. Pure; the one decoding loop."""
-    step = plan.steps().step
+    step, kernels = plan.steps().step, state.kernels
+    params = with_kernels(params, kernels)
 
     def unfinished(carry):
         taken, state = carry
@@ -109,7 +113,8 @@ def advance(plan: Plan, params: Any, state: DecodeState, max_steps: jax.Array) -
         taken, state = carry
         return taken + 1, step(params, state)
 
-    return jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state))[1]
+    first = jnp.zeros((), jnp.int32), state.replace(kernels=None)  # which no step changes
+    return jax.lax.while_loop(unfinished, body, first)[1].replace(kernels=kernels)
 
 
 def decode(plan: Plan, params: Any, prompts: Prompts, call: Call) -> DecodeOutput:
@@ -169,7 +174,8 @@ class DecodeFn:
                 a part of it makes the same call.
             prompts: B lists of token ids, each of any length.
             rng: a seed or key for the batch (row b then uses that key folded with b), or B seeds or keys, one per row.
-                A row's text depends on its own seed and prompt alone.
+                A row's text depends on its own seed and prompt alone, but where a method says that rows share
+                something (`Method.shared`).
             max_new_tokens: new tokens wanted, for all rows or one number per row; None or at most what the function was
                 made with.
             warm: an earlier output's `warm`, to start from what a drafter has learned; None starts afresh.

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from flax import struct
 
-from decoding.prefill import Prompts
+from decoding.prefill import Observer, Prompts
 from decoding.sampling import Sampling
 from decoding.state import DecodeState
 from models.attention import Attend, dense_attend
@@ -63,6 +63,29 @@ class Policy(NamedTuple):
     keep: Callable[[KVCache], KVCache] = lambda cache: cache
 
 
+class Tailor(NamedTuple):
+    """How a method fits the target's weights to the prompts, once per call, before the first step.
+
+    Attributes:
+        observer: what it wants to see of the prompts while they are read with the whole weights.
+        kernels: (target's parameters, what was seen, call) -> entries that the steps find in place of the target's own:
+            a part of the tree of parameters, which `with_kernels` puts in.
+    """
+
+    observer: Observer
+    kernels: Callable[[Any, Any, Call], dict[str, Any]]
+
+
+def with_kernels(params: Any, kernels: dict[str, Any] | None) -> Any:
+    """Returns parameters with a `Tailor`'s entries in place of the target's own; as they are where there are none."""
+    if kernels is None:
+        return params
+    if isinstance(params, WithDraft):
+        return params.replace(target=with_kernels(params.target, kernels))
+    inner = {name: with_kernels(params[name], new) if isinstance(new, dict) else new for name, new in kernels.items()}
+    return {**params, **inner}
+
+
 class Steps(NamedTuple):
     """A method made for one model: two pure functions that are traced inside the jitted loop.
 
@@ -74,6 +97,7 @@ class Steps(NamedTuple):
         most: A, tokens that a step emits at most per row.
         cold: () -> what stays warm between calls, as it is at first; None where nothing stays.
         warm: carry -> what stays warm between calls.
+        tailor: how it fits the target's weights to the prompts; None: `step` gets the parameters of the call.
     """
 
     init: Callable[[Any, Prompts, KVCache, Call], Any]
@@ -83,6 +107,7 @@ class Steps(NamedTuple):
     most: int = 1
     cold: Callable[[], Any] = lambda: None
     warm: Callable[[Any], Any] = lambda carry: None
+    tailor: Tailor | None = None
 
 
 class Method(NamedTuple):
@@ -96,6 +121,7 @@ class Method(NamedTuple):
         temperature: the default of calls that give none; None: the method does not sample at all.
         drafts: whether it drafts with a second model: `options.draft` is then that model, `params` a `WithDraft`.
         head: whether that model may come with an acceptance head.
+        shared: whether the rows of a batch share a choice, so that a row's text depends on who shares its batch.
     """
 
     label: Literal["exact", "distribution", "lossy"]
@@ -104,3 +130,4 @@ class Method(NamedTuple):
     temperature: float | None = None
     drafts: bool = False
     head: bool = False
+    shared: bool = False

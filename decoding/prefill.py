@@ -7,8 +7,8 @@ follow.
 Axis letters: B batch, P bucket length, S cache slots.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,19 @@ class Prompts:
 
     tokens: jax.Array
     lengths: jax.Array
+
+
+class Observer(NamedTuple):
+    """What to note of the activations inside the MLPs while prompts are read; pure functions.
+
+    Attributes:
+        first: () -> what has been seen before the first token.
+        add: (seen, inner, real) -> what has been seen after T more tokens per row. `inner` has, for each layer, the
+            [B, T, F] that enter its down projection; `real`, bool[B, T], tells tokens of the prompts from padding.
+    """
+
+    first: Callable[[], Any]
+    add: Callable[[Any, Sequence[jax.Array], jax.Array], Any]
 
 
 def bucket_length(length: int) -> int:
@@ -84,11 +97,33 @@ def prefill(model: Decoder, params: Any, prompts: Prompts, num_slots: int, atten
 
     The last token stays out, like the newest token in every later step: the first step of decoding reads it.
     """
-    batch = len(prompts.lengths)
+    return observed_prefill(model, params, prompts, num_slots, attend)[0]
+
+
+def observed_prefill(
+    model: Decoder,
+    params: Any,
+    prompts: Prompts,
+    num_slots: int,
+    attend: Attend = dense_attend,
+    observer: Observer | None = None,
+) -> tuple[KVCache, Any]:
+    """Returns the cache of `prefill`, and what an observer has seen of all tokens of the prompts, the last included.
+
+    Prompts longer than `CHUNK` come to the observer chunk by chunk.
+    """
     dtype = params["embedding"]["embedding"].dtype
-    cache = init_cache([block.attention for block in model.config.blocks], batch, num_slots, dtype)
-    cache = read_tokens(model, params, prompts.tokens, cache, prompts.lengths.max() - 1, attend)
-    return commit(cache, None, prompts.lengths - 1)
+    cache = init_cache([block.attention for block in model.config.blocks], len(prompts.lengths), num_slots, dtype)
+    if observer is None:
+        cache = read_tokens(model, params, prompts.tokens, cache, prompts.lengths.max() - 1, attend)
+        return commit(cache, None, prompts.lengths - 1), None
+
+    def add(seen, inner, start):
+        places = start + jnp.arange(inner[0].shape[1])
+        return observer.add(seen, inner, places[None, :] < prompts.lengths[:, None])
+
+    cache, seen = _read(model, params, prompts.tokens, cache, prompts.lengths.max(), attend, observer.first(), add)
+    return commit(cache, None, prompts.lengths - 1), seen
 
 
 def read_tokens(
@@ -109,23 +144,52 @@ def read_tokens(
         longest: i32[], how many of the P tokens are wanted, from the first on.
         attend: the attention policy; it gets `CHUNK` tokens at a time, and no context.
     """
+    return _read(model, params, tokens, cache, longest, attend)[0]
+
+
+def _read(
+    model: Decoder,
+    params: Any,
+    tokens: jax.Array,
+    cache: KVCache,
+    longest: jax.Array | int,
+    attend: Attend,
+    seen: Any = None,
+    add: Callable[[Any, Sequence[jax.Array], jax.Array | int], Any] | None = None,
+) -> tuple[KVCache, Any]:
+    """Does what `read_tokens` says, and lets `add(seen, inner, place of the first token)` see what is read."""
     if tokens.shape[1] <= CHUNK:
-        return _fill(model, params, tokens, cache, attend)
+        cache, inner = _fill(model, params, tokens, cache, attend, add is not None)
+        return cache, seen if add is None else add(seen, inner, 0)
     num_chunks = (longest + CHUNK - 1) // CHUNK
     length = cache.length
 
-    def fill_chunk(index, cache):
+    def fill_chunk(index, carry):
+        cache, seen = carry
         chunk = jax.lax.dynamic_slice_in_dim(tokens, index * CHUNK, CHUNK, axis=1)
-        return _fill(model, params, chunk, cache.replace(length=length + index * CHUNK), attend)
+        before = cache.replace(length=length + index * CHUNK)
+        cache, inner = _fill(model, params, chunk, before, attend, add is not None)
+        return cache, seen if add is None else add(seen, inner, index * CHUNK)
 
-    return jax.lax.fori_loop(0, num_chunks, fill_chunk, cache).replace(length=length)
+    cache, seen = jax.lax.fori_loop(0, num_chunks, fill_chunk, (cache, seen))
+    return cache.replace(length=length), seen
 
 
-def _fill(model: Decoder, params: Any, tokens: jax.Array, cache: KVCache, attend: Attend) -> KVCache:
-    """Runs the blocks on tokens i32[B, T] and returns the cache with their keys and values written."""
+def _fill(
+    model: Decoder, params: Any, tokens: jax.Array, cache: KVCache, attend: Attend, inner: bool
+) -> tuple[KVCache, tuple[jax.Array, ...]]:
+    """Runs the blocks on tokens i32[B, T].
+
+    Returns:
+        The cache with their keys and values written, and where `inner` says so what entered each down projection.
+    """
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1])[None, :]
 
     def blocks(module, tokens):
         return module.layers(module.embed(tokens, positions), positions, cache, attend)[2]
 
-    return model.apply({"params": params}, tokens, method=blocks)
+    if not inner:
+        return model.apply({"params": params}, tokens, method=blocks), ()
+    cache, sown = model.apply({"params": params}, tokens, method=blocks, mutable=["intermediates"])
+    layers = [sown["intermediates"][f"layers_{index}"] for index in range(model.config.num_layers)]
+    return cache, tuple(layer["mlp"]["inner"][0] for layer in layers)

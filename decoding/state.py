@@ -69,6 +69,7 @@ class DecodeState:
         done: bool[B], rows that met a stop token or their limit.
         stats: counts per row.
         carry: what the method itself keeps (sampling state, draft state).
+        kernels: the weights that the method has fitted to the prompts (`decoding.method.Tailor`), or None.
     """
 
     cache: KVCache
@@ -79,6 +80,7 @@ class DecodeState:
     done: jax.Array
     stats: DecodeStats
     carry: Any
+    kernels: Any = None
 
 
 def init_state(cache: KVCache, last: jax.Array, limit: jax.Array, room: int, most: int, carry: Any) -> DecodeState:

@@ -1,7 +1,8 @@
 """Times decoding on this machine: `python -m experiments.bench --config configs/bench/decode.yaml`.
 
 With `type: train` it times training in place of decoding (`experiments.bench_train`), with `type: long_text` it
-measures attention on a long text (`experiments.bench_text`).
+measures attention on a long text (`experiments.bench_text`), with `type: core_infer` what fewer neurons save and cost
+(`experiments.bench_core_infer`).
 
 Our jitted greedy decoding and, where torch and transformers can be imported, Hugging Face generate, on the same
 weights, dtype, prompts and token counts, in alternation in one run. Times of a run are medians over its repeats; every
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from experiments.bench_core_infer import CoreInferBenchConfig, bench_core_infer
 from experiments.bench_text import LongTextConfig, bench_text
 from experiments.bench_train import TrainBenchConfig, bench_training
 from experiments.config import chosen_type, load_config
@@ -188,16 +190,15 @@ def _theirs(path: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tra
 
 
 def main() -> None:
-    """Times what the config says: decoding, training, or attention on a long text."""
-    kinds = {"train": (TrainBenchConfig, bench_training), "long_text": (LongTextConfig, bench_text)}
+    """Measures what the config's `type` says."""
+    kinds = {
+        "train": (TrainBenchConfig, bench_training),
+        "long_text": (LongTextConfig, bench_text),
+        "core_infer": (CoreInferBenchConfig, bench_core_infer),
+    }
     kind, bench = kinds.get(chosen_type(sys.argv[1:]), (BenchConfig, bench_decoding))
-    bench(
-        load_config(
-            kind,
-            prog="python -m experiments.bench",
-            description="Times decoding or, with `type`, training or attention on a long text on this machine.",
-        )
-    )
+    description = "Times decoding on this machine; or measures training, long texts or fewer neurons, by its `type`."
+    bench(load_config(kind, prog="python -m experiments.bench", description=description))
 
 
 def bench_decoding(config: BenchConfig) -> None:

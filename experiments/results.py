@@ -29,6 +29,7 @@ _BENCHES = (
     ("speculation_bench", "python -m experiments.bench_speculation --config configs/bench/speculation.yaml"),
     ("long_text_bench", "python -m experiments.bench --config configs/bench/long_text.yaml"),
     ("train_bench", "python -m experiments.bench --config configs/bench/train.yaml"),
+    ("core_infer_bench", "python -m experiments.bench --config configs/bench/core_infer.yaml"),
 )
 
 

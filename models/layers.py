@@ -5,6 +5,7 @@ Norms and rotations compute in float32 and return the dtype they were given.
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -27,7 +28,7 @@ class Linear(nn.Module):
     """y = kernel.dot(x) (+ bias): [..., I] -> [..., features].
 
     The kernel is read from the parameters as whatever kernel value stands there (`models.kernels`); a fresh one is a
-    bare [I, features] array.
+    bare [I, features] array. Where chosen outputs stand there alone, a bias of the same stands beside them.
     """
 
     features: int
@@ -37,14 +38,17 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [..., I] to [..., features]."""
-        if self.has_variable("params", "kernel"):
-            kernel = self.get_variable("params", "kernel")
-        else:
-            kernel = self.param("kernel", _kernel_init, (x.shape[-1], self.features))
+        kernel = self._entry("kernel", _kernel_init, (x.shape[-1], self.features))
         y = as_kernel(kernel).dot(x, self.dtype)
         if self.use_bias:
-            y = y + _along_last(self.param("bias", nn.initializers.zeros, (self.features,)), y)
+            y = y + _along_last(self._entry("bias", nn.initializers.zeros, (self.features,)), y)
         return y
+
+    def _entry(self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Any:
+        """Returns what stands in the parameters under a name, whatever its shape, or a fresh array."""
+        if self.has_variable("params", name):
+            return self.get_variable("params", name)
+        return self.param(name, init, shape)
 
 
 class Norm(nn.Module):
@@ -92,7 +96,11 @@ class Embedding(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(act(gate x) * up x) when gated, down(act(up x)) when not: [..., D] -> [..., D]."""
+    """down(act(gate x) * up x) when gated, down(act(up x)) when not: [..., D] -> [..., D].
+
+    What enters `down`, [..., F], is sown as `inner` among the "intermediates": callers that make these mutable get it
+    beside the output, for all others it is not kept.
+    """
 
     config: MLPConfig
 
@@ -107,6 +115,7 @@ class MLP(nn.Module):
             inner = gated(Linear(width, bias, name="gate")(x), inner)
         else:
             inner = activation(inner)
+        self.sow("intermediates", "inner", inner)
         return Linear(x.shape[-1], bias, name="down")(inner)
 
 

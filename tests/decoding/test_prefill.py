@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import decoding.prefill
-from decoding.prefill import Prompts, bucket_length, pad_prompts, prefill
+from decoding.prefill import Observer, Prompts, bucket_length, observed_prefill, pad_prompts, prefill
 from models.cache import KVCache, commit, init_cache
 from models.errors import InputError
 
@@ -107,3 +107,34 @@ def test_chunks_equal_token_by_token(tiny, ragged, slow_cache, chunks_of_16):
     jaxpr = str(jax.make_jaxpr(functools.partial(prefill, tiny[0], num_slots=80))(tiny[1], ragged))
     assert "i32[8,16]" in jaxpr, "the prompts did not go through in chunks"
     assert_same_cache(jitted_prefill(*tiny, ragged, 80), slow_cache, ragged.lengths)
+
+
+def inner_sums(model, params, tokens) -> np.ndarray:
+    """Returns f64[B, T, L, F]: what enters each layer's down projection at every token of whole rows."""
+    keep = {"capture_intermediates": lambda module, _: module.name in ("up", "gate"), "mutable": ["intermediates"]}
+    kept = jax.jit(functools.partial(model.apply, **keep))({"params": params}, tokens)[1]["intermediates"]
+    layers = [kept[f"layers_{index}"]["mlp"] for index in range(model.config.num_layers)]
+    parts = [[np.asarray(layer[name]["__call__"][0], np.float64) for name in ("gate", "up")] for layer in layers]
+    return np.stack([gate / (1 + np.exp(-gate)) * up for gate, up in parts], axis=2)
+
+
+@pytest.mark.parametrize("chunk", [512, 16])
+def test_an_observer_sees_every_token_of_the_prompts_once(tiny, slow_cache, ragged, monkeypatch, chunk):
+    """The last ones too, though they do not enter the cache; also where a prompt ends with a chunk, or one behind."""
+    monkeypatch.setattr(decoding.prefill, "CHUNK", chunk)
+
+    def add(seen, inner, real):
+        return seen[0] + real.sum(axis=1), seen[1] + jnp.stack([(x * real[:, :, None]).sum(axis=1) for x in inner], 1)
+
+    expected = inner_sums(*tiny, ragged.tokens)
+    for last in (8, 6):  # the longest prompt has 40 tokens, then 32
+        some = Prompts(ragged.tokens[:last], ragged.lengths[:last])
+        observer = Observer(lambda last=last: (jnp.zeros((last,), jnp.int32), jnp.zeros((last, 3, 48))), add)
+        run = functools.partial(observed_prefill, tiny[0], num_slots=80, observer=observer)
+        cache, (count, total) = jax.jit(run)(tiny[1], some)
+        np.testing.assert_array_equal(count, some.lengths)
+        real = np.arange(64)[None, :] < some.lengths[:, None]
+        wanted = np.where(real[:, :, None, None], expected[:last], 0).sum(axis=1)
+        np.testing.assert_allclose(total, wanted, rtol=1e-3, atol=1e-3)
+        if last == 8:
+            assert_same_cache(cache, slow_cache, ragged.lengths)

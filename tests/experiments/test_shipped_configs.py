@@ -8,6 +8,7 @@ import pytest
 from decoding import METHODS
 from decoding.speculative.sizing import LatencyCurve
 from experiments.bench import BenchConfig
+from experiments.bench_core_infer import CoreInferBenchConfig
 from experiments.bench_long_context import LongContextBenchConfig
 from experiments.bench_speculation import SpeculationBenchConfig
 from experiments.bench_text import LongTextConfig
@@ -29,6 +30,7 @@ KINDS = {
     "bench/exact": ExactCheckConfig,
     "bench/train": TrainBenchConfig,
     "bench/long_context": LongContextBenchConfig,
+    "bench/core_infer": CoreInferBenchConfig,
     "bench/speculation": SpeculationBenchConfig,
     "bench/long_text": LongTextConfig,
     "tables": TableConfig,

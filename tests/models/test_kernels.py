@@ -7,7 +7,7 @@ import pytest
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from models.kernels import Dense, Kernel, LowRank, as_kernel
+from models.kernels import Dense, Kernel, LowRank, Selected, as_kernel, select
 from models.layers import Linear
 
 
@@ -130,6 +130,30 @@ def test_low_rank_is_a_pytree_with_a_static_scale():
     assert isinstance(doubled, LowRank) and doubled.scale == 0.7
     grads = jax.grad(lambda kernel: kernel.dot(normal(3, 2, 5)).sum())(kernel)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("base", [normal(0, 5, 7), corrected(CORES["full"])], ids=["dense", "low_rank"])
+@pytest.mark.parametrize(("axis", "chosen"), [(0, [0, 3, 4]), (1, [1, 2, 5, 6]), (1, [])])
+def test_selected_rows_and_columns(base, axis, chosen):
+    kernel = select(base, jnp.asarray(chosen, jnp.int32), axis)
+    exact = np.take(np.asarray(as_kernel(base).materialize()), np.asarray(chosen, int), axis=axis)
+    assert isinstance(kernel, Kernel) and as_kernel(kernel) is kernel and kernel.shape == exact.shape
+    np.testing.assert_array_equal(kernel.materialize(), exact)
+    np.testing.assert_array_equal(kernel.chosen, chosen)
+    x = normal(3, 2, 4, exact.shape[0])
+    np.testing.assert_allclose(kernel.dot(x), np.asarray(x) @ exact, atol=1e-5)
+    assert kernel.dot(x.astype(jnp.bfloat16), jnp.float32).dtype == jnp.float32
+    assert len(jax.tree.leaves(kernel)) == 2 and isinstance(jax.tree.map(jnp.asarray, kernel), Selected)
+
+
+def test_linear_over_chosen_outputs_and_their_bias():
+    x, chosen = normal(3, 2, 5), jnp.array([1, 4, 6])
+    whole = {"kernel": normal(0, 5, 7), "bias": normal(4, 7)}
+    part = {"kernel": select(whole["kernel"], chosen, 1), "bias": whole["bias"][chosen]}
+    layer = Linear(7, use_bias=True)
+    np.testing.assert_allclose(
+        layer.apply({"params": part}, x), layer.apply({"params": whole}, x)[:, chosen], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("use_bias", [False, True])

@@ -174,14 +174,18 @@ def test_mlp(activation, gated, bias):
 
     inner, act = linear("up", X), ACTIVATIONS[activation]
     expected = linear("down", act(linear("gate", X)) * inner if gated else act(inner))
-    out = MLP(MLPConfig(12, activation, gated, bias)).apply(
-        {"params": jax.tree.map(jnp.asarray, params)}, jnp.asarray(X)
-    )
+    mlp, variables = MLP(MLPConfig(12, activation, gated, bias)), {"params": jax.tree.map(jnp.asarray, params)}
+    np.testing.assert_allclose(mlp.apply(variables, jnp.asarray(X)), expected, rtol=1e-4, atol=1e-4)
+    out, kept = mlp.apply(variables, jnp.asarray(X), mutable=["intermediates"])
+    (sown,) = kept["intermediates"]["inner"]
+    assert sown.shape == (2, 3, 12)
+    np.testing.assert_allclose(linear("down", np.asarray(sown)), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_fresh_mlp_parameters():
     made = jax.eval_shape(MLP(MLPConfig(12, bias=True)).init, jax.random.key(0), jnp.asarray(X))
+    assert set(made) == {"params"}
     shapes = jax.tree.map(jnp.shape, made["params"])
     wide, narrow = {"kernel": (8, 12), "bias": (12,)}, {"kernel": (12, 8), "bias": (8,)}
     assert shapes == {"gate": wide, "up": wide, "down": narrow}

@@ -1,0 +1,254 @@
+"""CoreInfer: the neurons that a prompt uses most, fixed for its whole continuation. Lossy.
+
+Source: "CoreInfer: Accelerating Large Language Model Inference with Semantics-Inspired Adaptive Sparse Activation"
+(2410.18311), stability-guided, after the released code. With a_t in R^F what enters the down projection at token t of a
+prompt of M tokens, in each of the layers `first` to `last`
+
+    limit = floor(alpha / M * sum_t #{n : a_t[n] > 0})          one limit for all tokens of the prompt
+    f(n)  = #{t : a_t[n] is among the `limit` largest of a_t}    votes
+    S     = the int(beta * F) neurons with the most votes
+
+and decoding multiplies with these columns of gate and up and these rows of down alone. Prompts are read with the whole
+weights, and all their tokens vote, the last included. Similarity-guided (for prompts too short to say much), S is that
+of a cluster of texts (`neuron_clusters`, given as the option `clusters`).
+
+Notes: votes that are equal are ranked by the sum of a over the prompt, then by the neuron's index; this also fills S
+where fewer neurons have votes. What is larger is meant with its sign, as in the released code, though the sign of gated
+activations says little: `choose="absolute"` asks |a|. A prompt of several chunks (`decoding.prefill.CHUNK`) has a limit
+per chunk. The rows of a batch share one set, from their votes together, each row with its own limit: a set per row
+would need weights per row. So a row's text depends on who shares its batch; decode prompts one by one where that
+matters. Prompt lookup's drafts (`drafted`) are verified by the sparse model.
+
+Axis letters: B batch, T tokens read, D model width, F feed-forward width, N neurons chosen, R most votes of a token.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from decoding.autoregressive import DENSE
+from decoding.method import Call, Method, Steps, Tailor
+from decoding.prefill import Observer, Prompts, observed_prefill, pad_prompts
+from decoding.sparse.neuron_clusters import Clusters, cluster_neurons
+from decoding.sparse.steps import SparseOptions, policy_steps
+from decoding.speculative.loop import TREE
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from models.errors import InputError, unknown_name
+from models.kernels import Kernel, select
+
+Choice = Literal["core", "absolute", "magnitude", "random"]
+_CHOICES = ("core", "absolute", "magnitude", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class CoreInferOptions(SparseOptions):
+    """Which neurons of which layers decode.
+
+    Attributes:
+        alpha: share of a token's positive activations that vote, above 0 to 1.
+        beta: share of a layer's neurons that are kept, above 0 to 1.
+        choose: what neurons are ranked by. `core`: votes. `absolute`: votes of |a| in place of a. `magnitude`: the sum
+            of |a|. `random`: nothing that is in the prompt, as a control.
+        first: the first layer with chosen neurons; None: 6 of 32, in proportion.
+        last: the last one; None: 26 of 32, in proportion.
+        clusters: whose neurons to take in place of the prompt's own; made with the other options the same.
+    """
+
+    alpha: float = 0.4
+    beta: float = 0.4
+    choose: Choice = "core"
+    first: int | None = None
+    last: int | None = None
+    clusters: Clusters | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("alpha", "beta"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(f"{name} must be a share, above 0 and at most 1; got {getattr(self, name)}")
+        if self.choose not in _CHOICES:
+            raise unknown_name("choose", self.choose, _CHOICES)
+
+
+@struct.dataclass
+class Votes:
+    """What a layer's neurons have collected: count i32[F], total f32[F], the sum of their activations."""
+
+    count: jax.Array
+    total: jax.Array
+
+
+def sparse_layers(config: DecoderConfig, options: CoreInferOptions) -> range:
+    """Returns the layers with chosen neurons.
+
+    Raises:
+        InputError: layers that the model does not have, or a share of their neurons that keeps none.
+    """
+    num_layers = len(config.blocks)
+    first = round(6 * num_layers / 32) if options.first is None else options.first
+    last = 26 * num_layers // 32 if options.last is None else options.last
+    if not 0 <= first <= last < num_layers:
+        raise InputError(
+            f"first and last must be layers of the model, 0 to {num_layers - 1}, in this order; got {first} and {last}"
+        )
+    narrowest = min(config.blocks[layer].mlp.width for layer in range(first, last + 1))
+    if int(options.beta * narrowest) < 1:
+        raise InputError(f"beta {options.beta} keeps none of {narrowest} neurons: raise it to {1 / narrowest:.2g}")
+    layers = range(first, last + 1)
+    if options.clusters is not None:
+        wanted = [(layer, int(options.beta * config.blocks[layer].mlp.width)) for layer in layers]
+        found = [
+            (layer, sets.shape[1]) for layer, sets in zip(options.clusters.layers, options.clusters.sets, strict=True)
+        ]
+        if wanted != found:
+            raise InputError(
+                "clusters were made for another model, or with another beta, first or last: wanted (layer, neurons) "
+                f"{wanted}, got {found}"
+            )
+    return layers
+
+
+def strongest(activations: jax.Array, limit: jax.Array, most: int) -> jax.Array:
+    """Returns bool[B, T, F]: each token's `limit` largest activations; of equal ones those of lower index.
+
+    Args:
+        activations: f[B, T, F].
+        limit: i32[B], 0 to `most`.
+        most: R, at most F.
+    """
+    values, places = jax.lax.top_k(activations, most)  # equal values in the order of their places
+    at = jnp.broadcast_to(jnp.maximum(limit - 1, 0)[:, None, None], (*activations.shape[:2], 1))
+    edge, edge_place = (jnp.take_along_axis(x, at, axis=2) for x in (values, places))
+    before = jnp.arange(activations.shape[2])[None, None, :] <= edge_place
+    inside = (activations > edge) | ((activations == edge) & before)
+    return inside & (limit > 0)[:, None, None]
+
+
+def token_votes(inner: jax.Array, real: jax.Array, options: CoreInferOptions) -> Votes:
+    """Returns the votes of tokens with activations `inner` [B, T, F]; `real`, bool[B, T], leaves out padding."""
+    real, activations = real[:, :, None], inner.astype(jnp.float32)
+    if options.choose in ("absolute", "magnitude"):
+        activations = jnp.abs(activations)
+    positive = ((activations > 0) & real).sum(axis=(1, 2)) / jnp.maximum(real.sum(axis=(1, 2)), 1)
+    most = max(1, int(options.alpha * inner.shape[2]))
+    limit = jnp.minimum(jnp.floor(options.alpha * positive).astype(jnp.int32), most)
+    count = (strongest(activations, limit, most) & real).sum(axis=(0, 1), dtype=jnp.int32)
+    return Votes(count, jnp.where(real, activations, 0.0).sum(axis=(0, 1)))
+
+
+def vote_observer(config: DecoderConfig, options: CoreInferOptions) -> Observer:
+    """Returns what collects a tuple of `Votes`, one for each layer of `sparse_layers`, over all rows and tokens."""
+    layers = sparse_layers(config, options)
+
+    def first() -> tuple[Votes, ...]:
+        widths = [config.blocks[layer].mlp.width for layer in layers]
+        return tuple(Votes(jnp.zeros((width,), jnp.int32), jnp.zeros((width,), jnp.float32)) for width in widths)
+
+    def add(seen: tuple[Votes, ...], inner: Sequence[jax.Array], real: jax.Array) -> tuple[Votes, ...]:
+        new = [token_votes(inner[layer], real, options) for layer in layers]
+        return tuple(jax.tree.map(jnp.add, old, more) for old, more in zip(seen, new, strict=True))
+
+    return Observer(first, add)
+
+
+def chosen_neurons(votes: Sequence[Votes], options: CoreInferOptions) -> tuple[jax.Array, ...]:
+    """Returns i32[N] for each layer that has votes: the neurons that are kept, in ascending order."""
+    keys = jax.random.split(jax.random.key(0), len(votes))
+
+    def kept(votes: Votes, key: jax.Array) -> jax.Array:
+        ranks = {
+            "magnitude": (-votes.total,),
+            "random": (jax.random.uniform(key, votes.total.shape),),
+        }.get(options.choose, (-votes.total, -votes.count))  # the last one counts most
+        return jnp.sort(jnp.lexsort(ranks)[: int(options.beta * len(votes.count))])
+
+    return tuple(kept(layer, key) for layer, key in zip(votes, keys, strict=True))
+
+
+def sliced(params: Any, layers: Sequence[int], chosen: Sequence[jax.Array]) -> dict[str, Any]:
+    """Returns the entries of some layers' MLPs with the chosen neurons, i32[N] each, alone."""
+    return {
+        f"layers_{layer}": {"mlp": _sliced_mlp(params[f"layers_{layer}"]["mlp"], neurons)}
+        for layer, neurons in zip(layers, chosen, strict=True)
+    }
+
+
+def _sliced_mlp(mlp: dict[str, Any], neurons: jax.Array) -> dict[str, Any]:
+    parts: dict[str, dict[str, jax.Array | Kernel]] = {}
+    for name in ("up", "gate"):
+        if name in mlp:
+            parts[name] = {"kernel": select(mlp[name]["kernel"], neurons, axis=1)}
+            if "bias" in mlp[name]:
+                parts[name]["bias"] = mlp[name]["bias"][neurons]
+    return {**parts, "down": {"kernel": select(mlp["down"]["kernel"], neurons, axis=0)}}
+
+
+def neuron_clusters(
+    model: Decoder,
+    params: Any,
+    texts: Sequence[Sequence[int]],
+    options: CoreInferOptions | None = None,
+    *,
+    num: int | None = None,
+    seed: int = 0,
+) -> Clusters:
+    """Returns clusters of texts like the prompts to come, for the option `clusters`.
+
+    Args:
+        model: the network.
+        params: its parameters.
+        texts: lists of token ids.
+        options: those of the method, to which the clusters are then added; None: the defaults.
+        num: clusters; 1: a set of neurons that is the same for all prompts. None: found from the texts, 4 to 10.
+        seed: of the clustering.
+
+    Raises:
+        InputError: no texts, no clusters, or options that do not fit the model.
+    """
+    options = CoreInferOptions() if options is None else dataclasses.replace(options, clusters=None)
+    if num is not None and num < 1:
+        raise InputError(f"num must be at least 1 cluster, got {num}")
+    layers = sparse_layers(model.config, options)
+    rows = [pad_prompts([text], model.config.vocab_size) for text in texts]
+    found = [_core_neurons(model, options, params, row) for row in rows]
+    if not found:
+        raise InputError("no texts: pass a list of lists of token ids")
+    hot = []
+    for index, layer in enumerate(layers):
+        hot.append(np.zeros((len(found), model.config.blocks[layer].mlp.width), np.float32))
+        for row, neurons in enumerate(found):
+            hot[-1][row, np.asarray(neurons[index])] = 1.0
+    guide = min(max(25 * len(model.config.blocks) // 32, layers[0]), layers[-1])
+    return cluster_neurons(layers, guide, hot, [len(neurons) for neurons in found[0]], num, seed)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _core_neurons(model: Decoder, options: CoreInferOptions, params: Any, prompts: Prompts) -> tuple[jax.Array, ...]:
+    """Returns i32[N] for each sparse layer: the neurons that a batch of prompts would decode with."""
+    observer = vote_observer(model.config, options)
+    return chosen_neurons(observed_prefill(model, params, prompts, prompts.tokens.shape[1], observer)[1], options)
+
+
+def make_core_infer(model: Decoder, options: CoreInferOptions, stop_tokens: tuple[int, ...]) -> Steps:
+    """Samples (greedily by default) with the core neurons of the prompts."""
+    layers = sparse_layers(model.config, options)
+
+    def kernels(params: Any, votes: tuple[Votes, ...], call: Call) -> dict[str, Any]:
+        chosen = chosen_neurons(votes, options)
+        if options.clusters is not None:
+            nearest = options.clusters.nearest(chosen[layers.index(options.clusters.guide)])
+            chosen = tuple(jnp.asarray(sets)[nearest] for sets in options.clusters.sets)
+        return sliced(params, layers, chosen)
+
+    steps = policy_steps(model, TREE if options.drafted else DENSE, options, stop_tokens)
+    return steps._replace(tailor=Tailor(vote_observer(model.config, options), kernels))
+
+
+CORE_INFER = Method("lossy", CoreInferOptions, make_core_infer, temperature=0.0, shared=True)
