@@ -65,7 +65,7 @@ def tree_attention(
         ValueError: heads that K does not divide, a tree wider than 256 rows, a window without depth, shapes or dtypes
             that do not fit, and what `flash_decode` refuses.
     """
-    _check(q, k, v, tree_k, tree_v, ancestors, depth, window)
+    _check(q, k, v, tree_k, tree_v, lengths, ancestors, depth, window)
     num_new, heads = q.shape[1], k.shape[1]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     rows = rearrange(q, "b t (k g) d -> b k (g t) d", k=heads)
@@ -92,7 +92,7 @@ def _tree_part(rows, tree_k, tree_v, ancestors, *, scale, softcap) -> Partials:
     return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), part)
 
 
-def _check(q, k, v, tree_k, tree_v, ancestors, depth, window) -> None:
+def _check(q, k, v, tree_k, tree_v, lengths, ancestors, depth, window) -> None:
     """Raises ValueError on what `flash_decode` would not see, or would tell in other words."""
     for name, value in {"q": q, "k": k, "tree_k": tree_k}.items():
         if value.ndim != 4:
@@ -106,6 +106,8 @@ def _check(q, k, v, tree_k, tree_v, ancestors, depth, window) -> None:
         )
     if num_new > width:
         raise ValueError(f"q has {num_new} rows and the tree {width}; the new rows must be among the tree's.")
+    check_shape("lengths", lengths, (batch,), "B")
+    check_integers("lengths", lengths)
     check_shape("k", k, (batch, heads, k.shape[2], head_dim), "B, K, S, Dh")
     check_shape("tree_k", tree_k, (batch, heads, width, head_dim), "B, K, W, Dh")
     check_shape("tree_v", tree_v, tree_k.shape, "B, K, W, Dh")

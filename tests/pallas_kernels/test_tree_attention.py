@@ -64,7 +64,8 @@ def run(name, args, **options):
 
 def close(got, expected, dtype):
     assert str(got.dtype) == dtype
-    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (got, expected)), atol=TOLERANCES[dtype])
+    got, expected = (np.asarray(x, np.float32) for x in (got, expected))
+    np.testing.assert_allclose(got, expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -187,6 +188,7 @@ BAD = {
     "float depth": ({"window": 3, "depth": zeros(2, 5)}, "depth has the dtype float32"),
     "mixed dtypes": ({"tree_v": zeros(2, 2, 5, 64, dtype="bfloat16")}, "tree_v bfloat16"),
     "lengths": ({"lengths": jnp.asarray([201, 0], jnp.int32)}, "lengths holds 201"),
+    "lengths per row": ({"lengths": zeros(3, dtype="int32"), "window": 3}, r"lengths has the shape \(3,\)"),
     "impl": ({"impl": "cuda"}, "impl is 'cuda'"),
 }
 
