@@ -101,3 +101,15 @@ def check_lengths(lengths: jax.Array, num_slots: int) -> None:
         raise ValueError(
             f"lengths holds {int(wrong[0])}; every length must be from 0 to the cache's {num_slots} slots."
         )
+
+
+def check_below(name: str, value: jax.Array, count: int, what: str) -> None:
+    """Raises ValueError when a number that is known now is not below the cache's `count` of `what`.
+
+    Inside a jitted function the numbers are not known; there the caller keeps them in range.
+    """
+    if isinstance(value, jax.core.Tracer) or not value.size:
+        return
+    most = int(np.asarray(value).max())
+    if most >= count:
+        raise ValueError(f"{name} holds {most}; every number must be below the cache's {count} {what}.")

@@ -49,13 +49,8 @@ def flash_decode_gpu(
         interpret: as `pallas_call` takes it.
     """
     (num, num_rows, head_dim), num_slots = q.shape, k.shape[1]
-    rows = min(max(LEAST_ROWS, pl.next_power_of_2(num_rows)), 64 if head_dim <= 128 else 32)
-    row_blocks = pl.cdiv(num_rows, rows)
-    if splits is None:
-        splits = max(1, min(PROGRAMS // (num * row_blocks), num_slots // LEAST_SPLIT))
-    blocks = pl.cdiv(num_slots, SLOTS)
-    size = pl.cdiv(blocks, min(splits, blocks)) * SLOTS
-    splits = pl.cdiv(num_slots, size)
+    rows, row_blocks = blocks_of_rows(num_rows, head_dim)
+    splits, size = cut(num_slots, num * row_blocks, splits)
     padding = ((0, 0), (0, row_blocks * rows - num_rows))
 
     def part(*last):
@@ -85,6 +80,33 @@ def flash_decode_gpu(
     return Partials(o[:, :, :num_rows], m[:, :, :num_rows], l[:, :, :num_rows])
 
 
+def blocks_of_rows(num_rows: int, head_dim: int) -> tuple[int, int]:
+    """Returns how many rows a program holds, a power of two, and how many such blocks there are."""
+    rows = min(max(LEAST_ROWS, pl.next_power_of_2(num_rows)), 64 if head_dim <= 128 else 32)
+    return rows, pl.cdiv(num_rows, rows)
+
+
+def cut(num_slots: int, programs: int, splits: int | None) -> tuple[int, int]:
+    """Returns (splits, slots of each, whole blocks): as asked, or such that the programs of all splits fill a GPU.
+
+    Args:
+        num_slots: slots to be cut.
+        programs: of one split.
+        splits: at most how many; None to choose.
+    """
+    if splits is None:
+        splits = max(1, min(PROGRAMS // programs, num_slots // LEAST_SPLIT))
+    blocks = pl.cdiv(num_slots, SLOTS)
+    size = pl.cdiv(blocks, min(splits, blocks)) * SLOTS
+    return pl.cdiv(num_slots, size), size
+
+
+def nothing_seen(shape: tuple[int, int]) -> Partials:
+    """Returns the part, of shape [R, Dh], of rows that saw nothing: o [R, Dh], m and l [R, 1]."""
+    column = (shape[0], 1)
+    return Partials(jnp.zeros(shape, jnp.float32), jnp.full(column, HIDDEN), jnp.zeros(column, jnp.float32))
+
+
 def _kernel(start_ref, length_ref, first_ref, q_ref, k_ref, v_ref, o_ref, m_ref, l_ref, *, size, scale, softcap):
     """One split of `size` slots for one block of rows: first [R], q [R, Dh], k, v [S, Dh]; o [R, Dh], m, l [R]."""
     num_slots = k_ref.shape[0]
@@ -101,7 +123,5 @@ def _kernel(start_ref, length_ref, first_ref, q_ref, k_ref, v_ref, o_ref, m_ref,
         v = jnp.where((slots < length)[:, None], v_ref[there, :], jnp.zeros((), v_ref.dtype))
         return absorb_block(part, q, k_ref[there, :], v, visible, scale=scale, softcap=softcap)
 
-    column = (q.shape[0], 1)
-    empty = Partials(jnp.zeros(q.shape, jnp.float32), jnp.full(column, HIDDEN), jnp.zeros(column, jnp.float32))
-    part = lax.fori_loop(lax.div(begin, SLOTS), lax.div(end + (SLOTS - 1), SLOTS), absorb, empty)
+    part = lax.fori_loop(lax.div(begin, SLOTS), lax.div(end + (SLOTS - 1), SLOTS), absorb, nothing_seen(q.shape))
     o_ref[...], m_ref[...], l_ref[...] = part.o, part.m[:, 0], part.l[:, 0]

@@ -1,6 +1,7 @@
 """Flash decoding in plain jnp: what it means, and the form that XLA compiles.
 
-Axis letters: N batch rows times key/value heads, R rows of queries, S slots, Dh head width.
+Axis letters: N batch rows times key/value heads, R rows of queries, S slots, Dh head width; X slots of a list, of which
+each key/value head has one or several: N lists for M heads.
 """
 
 import jax
@@ -35,6 +36,41 @@ def flash_decode_reference(
     if first is not None:
         visible &= slots >= first[:, :, None]
     return masked_partials(q, k, v, visible, scale=scale, softcap=softcap)
+
+
+def listed_partials(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slots: jax.Array,
+    first: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> Partials:
+    """Returns the part of listed slots, which alone are read.
+
+    Args:
+        q: [N, R, Dh].
+        k: [M, S, Dh], M a divisor of N; list n reads head n // (N / M).
+        v: [M, S, Dh], finite.
+        slots: i32[N, X], below S, none twice; a negative one stands for none.
+        first: i32[N, R], not negative: the first slot that each row sees.
+        scale: factor of the scores.
+        softcap: cap of the scores, or None.
+    """
+    visible = slots[:, None, :] >= first[:, :, None]
+    return masked_partials(q, gather_slots(k, slots), gather_slots(v, slots), visible, scale=scale, softcap=softcap)
+
+
+def gather_slots(x: jax.Array, slots: jax.Array) -> jax.Array:
+    """Returns [N, X, Dh]: list n of slots i32[N, X] of head n // (N / M) of x [M, S, Dh]; slot 0 for negative ones.
+
+    Rows are taken from one long list, since a gather along the axis S may copy the heads first.
+    """
+    heads, num_slots, head_dim = x.shape
+    begin = jnp.arange(len(slots), dtype=jnp.int32) // (len(slots) // heads) * num_slots
+    return x.reshape(-1, head_dim).at[begin[:, None] + jnp.maximum(slots, 0)].get(mode="promise_in_bounds")
 
 
 def masked_partials(

@@ -8,6 +8,7 @@ Axis letters: N batch rows times key/value heads, R rows of queries, S slots, P 
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from pallas_kernels.flash_decode.partials import HIDDEN, Partials, absorb_block
 SLOTS = 512  # most slots of a block
 ROWS = 512  # most rows of a block
 LANES = 128
+
+Ref = Any  # a block in fast memory, as a kernel is given it
 
 
 def flash_decode_tpu(
@@ -48,9 +51,7 @@ def flash_decode_tpu(
         interpret: as `pallas_call` takes it.
     """
     (num, num_rows, head_dim), num_slots = q.shape, k.shape[1]
-    tile = 8 if q.dtype == jnp.float32 else 16
-    row_blocks = pl.cdiv(num_rows, ROWS)
-    rows = pl.cdiv(pl.cdiv(num_rows, row_blocks), tile) * tile
+    rows, row_blocks = blocks_of_rows(num_rows, q.dtype)
     slots = min(SLOTS, num_slots // LANES * LANES)
     splits = min(splits or 1, pl.cdiv(num_slots, slots))
     steps = pl.cdiv(pl.cdiv(num_slots, slots), splits)
@@ -91,6 +92,58 @@ def flash_decode_tpu(
     return Partials(o[:, :, :num_rows], m[:, :, :num_rows, 0], l[:, :, :num_rows, 0])
 
 
+def blocks_of_rows(num_rows: int, dtype: jnp.dtype) -> tuple[int, int]:
+    """Returns how many rows a step holds, whole tiles of the dtype, and how many such blocks there are."""
+    tile = 8 if dtype == jnp.float32 else 16
+    row_blocks = pl.cdiv(num_rows, ROWS)
+    return pl.cdiv(pl.cdiv(num_rows, row_blocks), tile) * tile, row_blocks
+
+
+def see_nothing(o_ref: Ref, m_ref: Ref, l_ref: Ref) -> None:
+    """Writes the part of rows that saw nothing: o [R, Dh], m and l [R, 1]."""
+    o_ref[...] = jnp.zeros_like(o_ref)
+    m_ref[...] = jnp.full_like(m_ref, HIDDEN)
+    l_ref[...] = jnp.zeros_like(l_ref)
+
+
+def absorb_slots(
+    begin: jax.Array,
+    length: jax.Array,
+    first_ref: Ref,
+    q_ref: Ref,
+    k_ref: Ref,
+    v_ref: Ref,
+    part_refs: tuple[Ref, Ref, Ref],
+    *,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """Adds one block of successive slots to a part in place.
+
+    Args:
+        begin: i32[], the block's first slot.
+        length: i32[]; slots from here on are dead and may hold anything.
+        first_ref: i32[R, 1], the first slot that each row sees.
+        q_ref: [R, Dh].
+        k_ref: [C, Dh].
+        v_ref: [C, Dh].
+        part_refs: o f32[R, Dh], m and l f32[R, 1].
+        scale: factor of the scores.
+        softcap: cap of the scores, or None.
+    """
+    size = k_ref.shape[0]
+    slots = begin + lax.broadcasted_iota(jnp.int32, (1, size), 1)
+    visible = (slots < length) & (slots >= first_ref[...])
+    # A dead value may be NaN, which no weight of 0 removes. Chosen in float32, as bfloat16 cannot be everywhere.
+    live = begin + lax.broadcasted_iota(jnp.int32, (size, 1), 0) < length
+    v = jnp.where(live, v_ref[...].astype(jnp.float32), 0.0).astype(v_ref.dtype)
+    part = absorb_block(
+        Partials(*(ref[...] for ref in part_refs)), q_ref[...], k_ref[...], v, visible, scale=scale, softcap=softcap
+    )
+    for ref, value in zip(part_refs, part, strict=True):
+        ref[...] = value
+
+
 def _kernel(starts_ref, lengths_ref, first_ref, q_ref, k_ref, v_ref, o_ref, m_ref, l_ref, *, steps, scale, softcap):
     """One block of slots for one block of rows: first [R, 1], q [R, Dh], k and v [C, Dh]; o [R, Dh], m and l [R, 1]."""
     row, step = pl.program_id(0), pl.program_id(3)
@@ -100,17 +153,8 @@ def _kernel(starts_ref, lengths_ref, first_ref, q_ref, k_ref, v_ref, o_ref, m_re
 
     @pl.when(step == 0)
     def _empty():
-        o_ref[...] = jnp.zeros_like(o_ref)
-        m_ref[...] = jnp.full_like(m_ref, HIDDEN)
-        l_ref[...] = jnp.zeros_like(l_ref)
+        see_nothing(o_ref, m_ref, l_ref)
 
     @pl.when((begin < length) & (begin + size > starts_ref[row]))
     def _absorb():
-        slots = begin + lax.broadcasted_iota(jnp.int32, (1, size), 1)
-        visible = (slots < length) & (slots >= first_ref[...])
-        # A dead value may be NaN, which no weight of 0 removes. Chosen in float32, as bfloat16 cannot be everywhere.
-        live = begin + lax.broadcasted_iota(jnp.int32, (size, 1), 0) < length
-        v = jnp.where(live, v_ref[...].astype(jnp.float32), 0.0).astype(v_ref.dtype)
-        part = Partials(o_ref[...], m_ref[...], l_ref[...])
-        part = absorb_block(part, q_ref[...], k_ref[...], v, visible, scale=scale, softcap=softcap)
-        o_ref[...], m_ref[...], l_ref[...] = part
+        absorb_slots(begin, length, first_ref, q_ref, k_ref, v_ref, (o_ref, m_ref, l_ref), scale=scale, softcap=softcap)

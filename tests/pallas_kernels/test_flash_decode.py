@@ -189,7 +189,7 @@ BAD = {
         "no kernel for head width 80",
     ),
     "too few slots": (
-        {"k": (2, 2, 100, 64), "v": (2, 2, 100, 64), "impl": "pallas", "interpret": True},
+        {"k": (2, 2, 100, 64), "v": (2, 2, 100, 64), "lengths": [100, 3], "impl": "pallas", "interpret": True},
         "no kernel for 100 slots .it needs at least 128",
     ),
 }

@@ -24,12 +24,18 @@ def bury(x: jax.Array, lengths: jax.Array, garbage: float = GARBAGE) -> jax.Arra
     return jnp.where(dead[:, None, :, None], jnp.asarray(garbage, x.dtype), x)
 
 
-def slow_rows(q, k, v, lengths, first, scale: float, softcap: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """Returns attention and log-sum-exp of q [B, K, R, Dh] in float64, row by row; (0, -inf) where nothing is seen."""
+def slow_rows(
+    q, k, v, lengths, first, scale: float, softcap: float | None, listed: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns attention and log-sum-exp of q [B, K, R, Dh] in float64, row by row; (0, -inf) where nothing is seen.
+
+    `listed` (bool[B, K, R, S]) hides all other slots.
+    """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out, lse = np.zeros(q.shape), np.full(q.shape[:3], -np.inf)
     for b, h, r in np.ndindex(q.shape[:3]):
-        seen = slice(max(int(first[b, r]), 0), int(lengths[b]))
+        seen = np.arange(max(int(first[b, r]), 0), int(lengths[b]))
+        seen = seen if listed is None else seen[listed[b, h, r, seen]]
         scores = k[b, h, seen] @ q[b, h, r] * scale
         if len(scores):
             scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
