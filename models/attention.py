@@ -5,6 +5,9 @@ layer)` writes the new keys and values, decides which of them each query sees, a
 a pytree that the model threads through its layers; what it means is up to the policy (nothing for `dense_attend`, the
 text of each token for `segment_attend`, `TreeRows` for `tree_attend`).
 
+Steps of decoding go through `pallas_kernels.tree_attention` on the devices where that was measured to be faster than
+the form here.
+
 Axis letters: B batch, T query length (W for a tree), S cache slots, H query heads, K key/value heads, G = H/K, N = B*K,
 R = G*T rows, Dh head width.
 """
@@ -21,6 +24,8 @@ from models.cache import LayerCache, append
 from models.config import AttentionConfig, NormConfig
 from models.kernels import PRECISION
 from models.layers import Linear, Norm, rotate, softcap
+from pallas_kernels.dispatch import kernel_wins
+from pallas_kernels.tree_attention import MOST_WIDTH, tree_attention
 
 _HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
 
@@ -78,6 +83,9 @@ def dense_attend(q, k, v, cache, ctx, *, config, layer):
     """Causal attention: the token at position p sees positions p - window + 1 to p. See `Attend` for the arguments."""
     if cache is None:
         keys, values, start = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), jnp.zeros((1,), jnp.int32)
+    elif q.shape[1] == 1 and _kernel_wins(cache, 1):
+        row = TreeRows(jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1), jnp.int32))
+        return *tree_attend(q, k, v, cache, row, config=config, layer=layer)[:2], ctx
     else:
         cache = append(cache, k, v)
         keys, values, start = cache.k, cache.v, cache.length
@@ -110,8 +118,28 @@ def tree_attend(q, k, v, cache, ctx: TreeRows, *, config, layer):
     """
     start = cache.length
     cache = append_rows(cache, k, v, ctx)
+    if _kernel_wins(cache, ctx.ancestors.shape[-1]):
+        return _kernel_attention(q, cache, start, ctx, config), cache, ctx
     visible = visible_slots(start, ctx, q.shape[1], cache.k.shape[2], config.window)
     return masked_attention(q, cache.k, cache.v, visible, config), cache, ctx
+
+
+def _kernel_wins(cache: LayerCache, width: int) -> bool:
+    """Tells whether a kernel is the faster way to read this cache for a tree of so many rows, where it was measured."""
+    if not isinstance(cache.k, jax.Array) or width > MOST_WIDTH:
+        return False
+    return kernel_wins("tree_attention", cache.k.dtype, cache.k.shape[3], cache.k.shape[2])
+
+
+def _kernel_attention(
+    q: jax.Array, cache: LayerCache, start: jax.Array, rows: TreeRows, config: AttentionConfig
+) -> jax.Array:
+    """Returns what `tree_attend` does, [B, T, H, Dh], by `pallas_kernels.tree_attention`."""
+    width = rows.ancestors.shape[-1]
+    slots = (start[:, None] + jnp.arange(width)[None, :])[:, None, :, None]
+    tree_k, tree_v = (jnp.take_along_axis(x, slots, axis=2) for x in (cache.k, cache.v))
+    options = {"window": config.window, "scale": config.scale, "softcap": config.softcap, "depth": rows.depth}
+    return tree_attention(q, cache.k, cache.v, tree_k, tree_v, start, rows.ancestors, impl="pallas", **options)
 
 
 def append_rows(cache: LayerCache, k: jax.Array, v: jax.Array, rows: TreeRows) -> LayerCache:

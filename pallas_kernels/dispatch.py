@@ -56,6 +56,11 @@ def choose_form(operation: str, impl: str, interpret: Interpret, num_slots: int,
     return "tpu"
 
 
+def kernel_wins(operation: str, dtype: jnp.dtype, head_dim: int, num_slots: int) -> bool:
+    """Tells whether "auto" takes a kernel for an attention operation on a cache of this kind."""
+    return choose_form(operation, "auto", False, num_slots, unserved_by_kernels(dtype, head_dim, num_slots)) != "xla"
+
+
 def unserved_by_kernels(dtype: jnp.dtype, head_dim: int, num_slots: int) -> str | None:
     """Returns why no attention kernel serves such a cache ("dtype float16 (...)"), or None when one does."""
     if str(dtype) not in KERNEL_DTYPES:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 
 from pallas_kernels.compat import Interpret
-from pallas_kernels.dispatch import check_integers, check_one_dtype, check_shape
+from pallas_kernels.dispatch import check_integers, check_one_dtype, check_shape, kernel_wins
 from pallas_kernels.flash_decode import Partials, flash_decode, merge_partials, normalize
 from pallas_kernels.flash_decode.reference import masked_partials
 
@@ -75,6 +75,8 @@ def tree_attention(
         first = jnp.tile(position - (window - 1), (1, q.shape[2] // heads))
         ancestors = ancestors & (depth[:, None, :] > depth[:, -num_new:, None] - window)
     options = {"scale": scale, "softcap": softcap}
+    if impl == "auto":
+        impl = "pallas" if kernel_wins("tree_attention", k.dtype, k.shape[3], k.shape[2]) else "xla"
     committed = flash_decode(rows, k, v, lengths, first=first, splits=splits, impl=impl, interpret=interpret, **options)
     tree = _tree_part(rows, tree_k, tree_v, ancestors, **options)
     parts = jax.tree.map(lambda *parts: jnp.stack(parts), committed, tree)

@@ -1,10 +1,13 @@
 """Tree attention against the model's own, and against its definition."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import models.attention
 from models.attention import TreeRows, tree_attend
 from models.cache import LayerCache
 from models.config import AttentionConfig
@@ -200,3 +203,38 @@ def test_bad_input(name):
     good |= {"tree_k": zeros(2, 2, 5, 64), "tree_v": zeros(2, 2, 5, 64), "lengths": zeros(2, dtype="int32")}
     with pytest.raises(ValueError, match=message):
         tree_attention(**good | {"ancestors": zeros(2, 5, 5, dtype=bool)} | bad)
+
+
+@pytest.mark.parametrize("name", ["window, one level", "three heads a group"])
+def test_the_model_takes_the_kernel_where_it_was_measured_to_be_faster(name, monkeypatch):
+    args = operands(name)
+    expected = of_model(name, *args)
+    calls = []
+
+    def interpreted(*args, **options):
+        calls.append(options["impl"])
+        return tree_attention(*args, interpret=True, **options)
+
+    monkeypatch.setattr(models.attention, "tree_attention", interpreted)
+    monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+    np.testing.assert_array_equal(of_model(name, *args), expected)
+    assert not calls, "nothing was measured"
+    monkeypatch.setitem(dispatch.PALLAS_FROM, ("tree_attention", "gpu"), CASES[name][4])
+    close(of_model(name, *args), expected, CASES[name][0])
+    assert calls == ["pallas"]
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_step_of_one_token_takes_the_kernel_too(window, monkeypatch):
+    config, rng = AttentionConfig(6, 2, 64, window=window), np.random.default_rng(0)
+    lengths = jnp.asarray([3, 128], jnp.int32)
+    q, k, v = (normal(rng, "float32", 2, 1, heads, 64) for heads in (6, 2, 2))
+    cache = LayerCache(*(bury(normal(rng, "float32", 2, 2, 130, 64), lengths) for _ in "kv"), lengths)
+    expected, after, _ = models.attention.dense_attend(q, k, v, cache, None, config=config, layer=0)
+    monkeypatch.setattr(models.attention, "tree_attention", functools.partial(tree_attention, interpret=True))
+    monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
+    monkeypatch.setitem(dispatch.PALLAS_FROM, ("tree_attention", "tpu"), 128)
+    got, same, ctx = models.attention.dense_attend(q, k, v, cache, None, config=config, layer=0)
+    close(got, expected, "float32")
+    np.testing.assert_array_equal(same.k, after.k)
+    assert ctx is None
