@@ -75,7 +75,7 @@ class Attention:
         import jax.numpy as jnp
 
         cache = random_cache(self.layers, context, context + self.steps, jnp.float32)
-        return cache, self.policy.init(cache)
+        return self.policy.keep(cache), self.policy.init(cache)
 
     def _run(self, cache: Any, memory: Any) -> tuple[Any, Any]:
         import jax
@@ -118,6 +118,7 @@ class Step:
         steps, layers = plan.steps(), [block.attention for block in plan.model.config.blocks]
         cache = random_cache(layers, context, plan.cache_slots, params["embedding"]["embedding"].dtype)
         carry = steps.init(params, prompts, cache, call)
+        cache = steps.policy.keep(cache)
         return init_state(cache, prompts.tokens[:, 0], call.limit, plan.room, steps.most, carry)
 
     def __call__(self) -> float:

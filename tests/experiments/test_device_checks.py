@@ -8,7 +8,6 @@ import pytest
 
 from experiments import device_cases, device_checks
 from experiments.device_cases import KERNEL, XLA, Case
-from models.errors import InputError
 
 
 def test_without_an_accelerator_kernels_are_interpreted(monkeypatch, tmp_path, capsys):
@@ -74,12 +73,15 @@ def test_every_case_has_both_forms_and_its_bytes():
         assert KERNEL in each.sides and moved == each.num_bytes, each
         for name in each.sides.keys() - {KERNEL, XLA}:
             own = jax.eval_shape(each.prepare[name], *shapes)
-            assert jax.eval_shape(each.sides[name], *own).size == results.size
+            with jax.numpy_dtype_promotion("standard"):  # which jax.nn relies on
+                assert jax.eval_shape(each.sides[name], *own).size == results.size
 
 
-@pytest.mark.parametrize(
-    "flags", [["--slots", "100"], ["--slots", "640", "700"], ["--widths", "0"], ["--widths", "300"]]
-)
-def test_bad_sizes(flags):
-    with pytest.raises(InputError, match="must be"):
+BAD_SIZES = [["--slots", "100"], ["--slots", "640", "700"], ["--widths", "0"], ["--widths", "300"]]
+
+
+@pytest.mark.parametrize("flags", BAD_SIZES)
+def test_bad_sizes(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
         device_checks.main(flags)
+    assert f"got ({flags[1]}," in capsys.readouterr().err
