@@ -26,6 +26,7 @@ hold here, the line under the table says so: the models are small, the machine i
 """
 _BENCHES = (
     ("speculation_bench", "python -m experiments.bench_speculation --config configs/bench/speculation.yaml"),
+    ("exact_check", "python -m experiments.check_exact --config configs/bench/exact.yaml"),
     ("train_bench", "python -m experiments.bench --config configs/bench/train.yaml"),
 )
 

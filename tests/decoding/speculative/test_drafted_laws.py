@@ -1,7 +1,7 @@
 """Whole methods with a bug planted in the drafter: proposals that are not what the verifier takes them for.
 
-Chi-squared of the first tokens of 40,000 texts, by trees of one level. That the drafters as they are keep the law, of two
-tokens and by deeper trees, is tested for the whole registry in `tests/decoding/test_contract.py`.
+Chi-squared of the first tokens of 40,000 texts, by trees of one level. That the drafters as they are keep the law, of
+two tokens and by deeper trees, is tested for the whole registry in `tests/decoding/test_contract.py`.
 """
 
 import functools
@@ -32,7 +32,7 @@ METHODS = {
 
 
 def p_value(method: str) -> float:
-    """Returns the p-value of a method's tokens under the exact law. It is traced anew: with the bug, if there is one."""
+    """Returns the p-value of a method's tokens under the exact law. It is traced anew, with a bug if there is one."""
     model, params = small_law_model()
     fn = make_decode_fn(model, method, max_new_tokens=1, draft=model, **METHODS[method][1])
     inputs = fn.inputs([PROMPT] * DRAWS, 1, temperature=1.0)
