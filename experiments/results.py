@@ -28,6 +28,7 @@ _BENCHES = (
     ("long_context_bench", "python -m experiments.bench_long_context --config configs/bench/long_context.yaml"),
     ("speculation_bench", "python -m experiments.bench_speculation --config configs/bench/speculation.yaml"),
     ("long_text_bench", "python -m experiments.bench --config configs/bench/long_text.yaml"),
+    ("exact_check", "python -m experiments.check_exact --config configs/bench/exact.yaml"),
     ("train_bench", "python -m experiments.bench --config configs/bench/train.yaml"),
     ("core_infer_bench", "python -m experiments.bench --config configs/bench/core_infer.yaml"),
 )

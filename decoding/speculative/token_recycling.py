@@ -205,10 +205,13 @@ def make_token_recycling(model: Decoder, options: TokenRecyclingOptions, stop_to
         return tree, memory, zero + (tree.parent >= 0).sum(axis=1, dtype=jnp.int32), zero
 
     def observe(params: Any, memory: Memory, seen: Seen) -> Memory:
-        if curve:
-            memory = memory.replace(estimate=learned(memory, seen))
         live = seen.tree.parent >= 0
         real = (seen.emitted > 0)[:, None] & live.at[:, 0].set(True)
+        if curve:
+            estimate = learned(memory, seen)
+            memory = memory.replace(estimate=estimate)
+            # Always true, but known only once the table was read: so it is written in place, not copied.
+            real &= (estimate.hits + estimate.trials).sum() >= 0
         return recycle(memory, seen.tree.tokens, seen.digest, jnp.broadcast_to(real, seen.tree.tokens.shape))
 
     def digest(logits: jax.Array) -> tuple[jax.Array, jax.Array | None]:

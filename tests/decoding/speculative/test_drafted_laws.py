@@ -1,7 +1,7 @@
 """Whole methods with a bug planted in the drafter: proposals that are not what the verifier takes them for.
 
-Chi-squared of the first two tokens of 40,000 texts. That the drafters as they are keep the law is tested beside
-each bug with the same options, and for the whole registry in `tests/decoding/test_contract.py`.
+Chi-squared of the first tokens of 40,000 texts, by trees of one level. That the drafters as they are keep the law, of
+two tokens and by deeper trees, is tested for the whole registry in `tests/decoding/test_contract.py`.
 """
 
 import functools
@@ -23,28 +23,23 @@ from tests.support.decode_reference import chi_squared_p, exact_pairs_behind, no
 DRAWS = 40_000
 PROMPT = [2, 0, 3]
 METHODS = {
-    "dyspec": (dyspec, {"budget": 4, "frontier": 3, "depth": 2, "children": 3}),
-    "rsd_c": (rsd, {"children": (3, 2)}),
-    "rsd_s": (rsd, {"beams": 3, "depth": 2}),
-    "specdec_pp": (specdec_pp, {"stop": "entropy", "longest": 3}),
-    "speculative_sampling": (speculative_sampling, {"length": 2}),
+    "dyspec": (dyspec, {"budget": 2, "frontier": 3, "depth": 1, "children": 3}),
+    "rsd_c": (rsd, {"children": (3,)}),
+    "rsd_s": (rsd, {"beams": 3, "depth": 1}),
+    "specdec_pp": (specdec_pp, {"stop": "entropy", "shortest": 1, "longest": 1}),
+    "speculative_sampling": (speculative_sampling, {"length": 1}),
 }
 
 
 def p_value(method: str) -> float:
-    """Returns the p-value of a method's texts under the exact law. It is traced anew: with the bug, if there is one."""
+    """Returns the p-value of a method's tokens under the exact law. It is traced anew, with a bug if there is one."""
     model, params = small_law_model()
-    fn = make_decode_fn(model, method, max_new_tokens=2, draft=model, **METHODS[method][1])
+    fn = make_decode_fn(model, method, max_new_tokens=1, draft=model, **METHODS[method][1])
     inputs = fn.inputs([PROMPT] * DRAWS, 1, temperature=1.0)
     output = jax.jit(functools.partial(decode, fn.plan))(WithDraft(params, noisy(params, 0.3)), *inputs)
-    assert (np.asarray(output.lengths) == 2).all()
-    tokens = np.asarray(output.tokens)
-    return chi_squared_p(tokens[:, 0] * model.config.vocab_size + tokens[:, 1], exact_pairs_behind(PROMPT, {}))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_drafters_keep_the_law(method):
-    assert p_value(method) > 1e-3
+    vocab = model.config.vocab_size
+    law = exact_pairs_behind(PROMPT, {}).reshape(vocab, vocab).sum(axis=1)
+    return chi_squared_p(np.asarray(output.tokens)[:, 0], law)
 
 
 def flat(law: jax.Array) -> jax.Array:
@@ -92,7 +87,6 @@ def test_copies_among_siblings_cost_no_law(monkeypatch):
 
 
 BUGS: list[tuple[str, Callable]] = [
-    ("dyspec", drawn_too_flat),
     ("dyspec", likeliest),
     ("dyspec", looked_at_before_pruning),
     ("rsd_c", drawn_too_flat),
