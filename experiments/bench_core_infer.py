@@ -40,7 +40,7 @@ class CoreInferBenchConfig:
     questions: Path = Path("configs/prompts/spec_bench.jsonl")  # in Spec-Bench's format; the first turns are prompts
     prompts: int = 12  # questions that are measured, evenly spaced; the others choose the static neurons
     alpha: float = 0.4  # share of a token's positive activations that vote
-    betas: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)  # shares of neurons kept
+    betas: tuple[float, ...] = (0.4,)  # shares of neurons kept
     timed_beta: float = 0.4  # of the times
     max_new_tokens: int = 64  # per prompt; a continuation may end earlier
     repeats: int = 15  # timed, after one that is not counted; a third of them for whole steps
