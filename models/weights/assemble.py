@@ -57,20 +57,7 @@ def assemble(
     shapes = parameter_shapes(Decoder(config))
     by_source = {_strip_prefix(name): name for name in names}
     wanted = {path: row_of(path, table) for path in shapes}
-    used = {row.source for row in wanted.values() if row is not None}
-    missing = [path for path, row in wanted.items() if row is None or row.source not in by_source]
-    unused = [
-        name
-        for source, name in by_source.items()
-        if source not in used and not any(re.search(p, name) or re.search(p, source) for p in ignored)
-    ]
-    if config.tied_embeddings:  # some savers write the tied unembedding a second time
-        unused = [name for name in unused if _strip_prefix(name) != table["unembedding/kernel"].source]
-    if missing or unused:
-        raise InputError(
-            f"the checkpoint does not fit a {config.family} model of this config: "
-            f"parameters without a tensor: {_some(missing)}; tensors without a parameter: {_some(unused)}"
-        )
+    _check_names(config, table, by_source, wanted, ignored)
 
     def load(path: str) -> jax.Array:
         row = wanted[path]
@@ -94,6 +81,30 @@ def assemble(
     with ThreadPoolExecutor(_WORKERS) as pool:
         arrays = dict(zip(shapes, pool.map(load, shapes), strict=True))
     return unflatten_dict(arrays, sep="/")
+
+
+def _check_names(
+    config: DecoderConfig,
+    table: Mapping[str, Row],
+    by_source: Mapping[str, str],
+    wanted: Mapping[str, Row | None],
+    ignored: Sequence[str],
+) -> None:
+    """Raises InputError where parameters and tensors (`by_source`: their names, without and with prefix) do not fit."""
+    used = {row.source for row in wanted.values() if row is not None}
+    missing = [path for path, row in wanted.items() if row is None or row.source not in by_source]
+    unused = [
+        name
+        for source, name in by_source.items()
+        if source not in used and not any(re.search(p, name) or re.search(p, source) for p in ignored)
+    ]
+    if config.tied_embeddings:  # some savers write the tied unembedding a second time
+        unused = [name for name in unused if _strip_prefix(name) != table["unembedding/kernel"].source]
+    if missing or unused:
+        raise InputError(
+            f"the checkpoint does not fit a {config.family} model of this config: "
+            f"parameters without a tensor: {_some(missing)}; tensors without a parameter: {_some(unused)}"
+        )
 
 
 def _strip_prefix(name: str) -> str:
