@@ -194,7 +194,7 @@ def _page_scores(sizes: Sizes, slots: int, kernel: Mapping[str, Any]) -> Case:
     def ours(q, high, low, lengths, **kernel):
         return page_scores(q, PageBounds(high, low), lengths, **options, **kernel)
 
-    num_bytes += sizes.batch * sizes.kv_heads * sizes.group * (slots // sizes.page) * 4
+    num_bytes += _size(sizes, *_rows(sizes, 1)) + sizes.batch * sizes.kv_heads * sizes.group * (slots // sizes.page) * 4
     return Case("page_scores", slots, 1, make, _both(ours, kernel), num_bytes)
 
 
