@@ -24,9 +24,9 @@ class QuantizedSlots:
     2405.04532, section 5.2), with a scale and a zero for each row, which is one head of one token.
 
     Attributes:
-        rows: u8[B, K, S, C + 4]: the codes, then scale and zero (the row's lowest value), two bytes of float16 each. Of 4
-            bits, byte c holds the codes of c (low half) and c + Dh/2 (high half). One array, so that a row is read and
-            written at once; and XLA's CPU backend copies whole arrays of float16 to write into them.
+        rows: u8[B, K, S, C + 4]: the codes, then scale and zero (the row's lowest value), float16 in two bytes each.
+            Of 4 bits, byte c holds the codes of c (low half) and c + Dh/2 (high half). One array, so that a row is
+            read and written at once; and XLA's CPU backend copies whole arrays of float16 to write into them.
         bits: 4 or 8.
     """
 
