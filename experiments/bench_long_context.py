@@ -71,13 +71,16 @@ class Attention:
         self.begin = jax.jit(functools.partial(self._begin, context))
         self.run = jax.jit(self._run, donate_argnums=(0, 1))
 
-    def _begin(self, context: int) -> tuple[Any, Any]:
+    def _begin(self, context: int) -> tuple[Any, Any, Any]:
+        import jax
         import jax.numpy as jnp
 
+        shapes = [(self.steps, 1, 1, config.num_heads, config.head_dim) for config in self.layers]
+        queries = [jax.random.normal(jax.random.key(layer), shape) for layer, shape in enumerate(shapes)]
         cache = random_cache(self.layers, context, context + self.steps, jnp.float32)
-        return cache, self.policy.init(cache)
+        return self.policy.keep(cache), self.policy.init(cache), queries
 
-    def _run(self, cache: Any, memory: Any) -> tuple[Any, Any]:
+    def _run(self, cache: Any, memory: Any, queries: Any) -> tuple[Any, Any, Any]:
         import jax
         import jax.numpy as jnp
 
@@ -87,8 +90,7 @@ class Attention:
             cache, memory, last = carry
             rows = TreeRows(jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1), jnp.int32), memory)
             for layer, config in enumerate(self.layers):
-                key = jax.random.fold_in(jax.random.key(layer), index)
-                q = jax.random.normal(key, (1, 1, config.num_heads, config.head_dim)) + 1e-6 * last
+                q = queries[layer][index] + 1e-6 * last
                 new = q[:, :, : config.num_kv_heads]
                 out, kept, rows = self.policy.attend(q, new, new, cache.layer(layer), rows, config=config, layer=layer)
                 cache, last = cache.with_layer(layer, kept), out.mean()
@@ -118,6 +120,7 @@ class Step:
         steps, layers = plan.steps(), [block.attention for block in plan.model.config.blocks]
         cache = random_cache(layers, context, plan.cache_slots, params["embedding"]["embedding"].dtype)
         carry = steps.init(params, prompts, cache, call)
+        cache = steps.policy.keep(cache)
         return init_state(cache, prompts.tokens[:, 0], call.limit, plan.room, steps.most, carry)
 
     def __call__(self) -> float:
@@ -167,6 +170,11 @@ def measure(config: LongContextBenchConfig, model: Any, params: Any) -> dict[str
                 side.name: 1e3 * statistics.median(kept) for side, kept in zip(config.sides, seconds, strict=True)
             }
             figures[what][context] = medians
+            print(
+                f"{what} behind {context} tokens, ms:",
+                {name: round(time, 2) for name, time in medians.items()},
+                flush=True,
+            )
     return figures
 
 

@@ -15,6 +15,8 @@ from flax import struct
 
 from models.errors import InputError
 
+_PARAMETERS = 4  # bytes of a row's scale and zero
+
 
 @struct.dataclass
 class QuantizedSlots:
@@ -22,28 +24,28 @@ class QuantizedSlots:
     2405.04532, section 5.2), with a scale and a zero for each row, which is one head of one token.
 
     Attributes:
-        codes: u8[B, K, S, C]. Of 4 bits, byte c holds the codes of c (low half) and c + Dh/2 (high half).
-        scale: f16[B, K, S, 1].
-        zero: f16[B, K, S, 1], the row's lowest value.
+        rows: u8[B, K, S, C + 4]: the codes, then scale and zero (the row's lowest value), float16 in two bytes each.
+            Of 4 bits, byte c holds the codes of c (low half) and c + Dh/2 (high half). One array, so that a row is
+            read and written at once; and XLA's CPU backend copies whole arrays of float16 to write into them.
         bits: 4 or 8.
     """
 
-    codes: jax.Array
-    scale: jax.Array
-    zero: jax.Array
+    rows: jax.Array
     bits: int = struct.field(pytree_node=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(B, K, S, Dh)."""
-        return *self.codes.shape[:-1], self.codes.shape[-1] * 8 // self.bits
+        return *self.rows.shape[:-1], (self.rows.shape[-1] - _PARAMETERS) * 8 // self.bits
 
     def values(self) -> jax.Array:
         """Returns f32[B, K, S, Dh]."""
-        codes = self.codes
+        codes, bytes_ = self.rows[..., :-_PARAMETERS], self.rows[..., -_PARAMETERS:]
+        pairs = jax.lax.bitcast_convert_type(bytes_.reshape(*bytes_.shape[:-1], 2, 2), jnp.float16)
+        scale, zero = jnp.split(pairs.astype(jnp.float32), 2, axis=-1)
         if self.bits == 4:
             codes = jnp.concatenate([codes & 15, codes >> 4], axis=-1)
-        return codes.astype(jnp.float32) * self.scale.astype(jnp.float32) + self.zero.astype(jnp.float32)
+        return codes.astype(jnp.float32) * scale + zero
 
 
 def quantized(values: jax.Array, bits: int) -> QuantizedSlots:
@@ -57,15 +59,15 @@ def quantized(values: jax.Array, bits: int) -> QuantizedSlots:
         raise InputError(f"a cache takes 4 or 8 bits (4 for heads of even width), got {bits}")
     values = values.astype(jnp.float32)
     low, high = values.min(axis=-1, keepdims=True), values.max(axis=-1, keepdims=True)
-    zero = low.astype(jnp.float16)
-    scale = ((high - low) / (2**bits - 1)).astype(jnp.float16)
-    step = scale.astype(jnp.float32)
-    codes = jnp.round((values - zero.astype(jnp.float32)) / jnp.where(step > 0, step, 1.0))
+    pair = jnp.concatenate([(high - low) / (2**bits - 1), low], axis=-1).astype(jnp.float16)
+    step, zero = jnp.split(pair.astype(jnp.float32), 2, axis=-1)
+    codes = jnp.round((values - zero) / jnp.where(step > 0, step, 1.0))
     codes = jnp.clip(codes, 0, 2**bits - 1).astype(jnp.uint8)
     if bits == 4:
         first, second = jnp.split(codes, 2, axis=-1)
         codes = first | (second << 4)
-    return QuantizedSlots(codes, scale, zero, bits)
+    bytes_ = jax.lax.bitcast_convert_type(pair, jnp.uint8).reshape(*pair.shape[:-1], _PARAMETERS)
+    return QuantizedSlots(jnp.concatenate([codes, bytes_], axis=-1), bits)
 
 
 def stored_like(stored: jax.Array | QuantizedSlots, values: jax.Array) -> jax.Array | QuantizedSlots:

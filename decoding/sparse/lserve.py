@@ -165,13 +165,15 @@ def lserve_policy(config: DecoderConfig, options: LServeOptions) -> Policy:
         order = np.argsort([*retrieval[layer], *streaming[layer]])
         return merged(jnp.concatenate(parts, axis=2)[:, :, order], q)
 
-    def keep(cache: KVCache) -> KVCache:
-        if options.kv_bits is None:
-            return cache
-        k, v = (tuple(quantized(x, options.kv_bits) for x in stored) for stored in (cache.k, cache.v))
-        return cache.replace(k=k, v=v)
+    return Policy(attend, init, read, functools.partial(_kept, bits=options.kv_bits))
 
-    return Policy(attend, init, read, keep)
+
+def _kept(cache: KVCache, bits: int | None) -> KVCache:
+    """Returns the cache with keys and values as codes; None: as it is."""
+    if bits is None:
+        return cache
+    k, v = (tuple(quantized(x, bits) for x in stored) for stored in (cache.k, cache.v))
+    return cache.replace(k=k, v=v)
 
 
 def _first_memory(
