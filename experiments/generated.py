@@ -103,7 +103,7 @@ def _sized(task: str, thousands: int) -> Callable[[random.Random, int], Question
     return lambda rng, _: dataclasses.replace(GENERATED[task](rng, words), task=f"{task}_{thousands}k")
 
 
-_WORDS_PER_THOUSAND = {"lone_needle": 680, "key_value": 140}
+_WORDS_PER_THOUSAND = {"lone_needle": 800, "key_value": 140}
 GENERATED |= {f"{task}_{size}k": _sized(task, size) for task in _WORDS_PER_THOUSAND for size in (2, 4, 8, 16)}
 
 
