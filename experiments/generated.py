@@ -1,8 +1,8 @@
 """Questions that code writes, with answers that are scored exactly: multi-step arithmetic, operations on lists and
 words, and facts to find in a long document.
 
-Documents are as long as is asked for; those of tasks with a size in their name (`needle_4k`) make prompts of just below
-so many times 1024 tokens, with a tokenizer that takes digits one by one.
+Documents are as long as is asked for; those of tasks with a size in their name (`key_value_4k`) make prompts of just
+below so many times 1024 tokens, with a tokenizer that takes digits one by one.
 
 Numbers and words are drawn anew for every question from a seed, so that no file of them is needed.
 """
@@ -74,10 +74,16 @@ def needles(task: str, hops: int, rng: random.Random, document_words: int) -> Qu
     return Question("", task, (f"{question} Reply with the code.",), document, answer)
 
 
+def lone_needle(rng: random.Random, document_words: int) -> Question:
+    """The only fact of a document; the sentence is asked for, so that it is looked up while it is written."""
+    document, question, answer = needle_document(rng, document_words, 1, most_facts=1)
+    return Question("", "lone_needle", (f"{question} Reply with the sentence that says it.",), document, answer)
+
+
 def key_value(rng: random.Random, document_words: int) -> Question:
-    """The value of one key of a JSON object."""
+    """The value of one key of a JSON object, of which the line is asked for."""
     document, question, answer = key_value_document(rng, document_words)
-    return Question("", "key_value", (f"{question} Reply with the value.",), document, answer)
+    return Question("", "key_value", (f"{question} Reply with the line of that key.",), document, answer)
 
 
 GENERATED: dict[str, Callable[[random.Random, int], Question]] = {
@@ -86,6 +92,7 @@ GENERATED: dict[str, Callable[[random.Random, int], Question]] = {
     "words": lambda rng, _: words(rng),
     "needle": functools.partial(needles, "needle", 1),
     "two_needles": functools.partial(needles, "two_needles", 2),
+    "lone_needle": lone_needle,
     "key_value": key_value,
 }
 
@@ -96,7 +103,7 @@ def _sized(task: str, thousands: int) -> Callable[[random.Random, int], Question
     return lambda rng, _: dataclasses.replace(GENERATED[task](rng, words), task=f"{task}_{thousands}k")
 
 
-_WORDS_PER_THOUSAND = {"needle": 680, "key_value": 140}
+_WORDS_PER_THOUSAND = {"lone_needle": 800, "key_value": 140}
 GENERATED |= {f"{task}_{size}k": _sized(task, size) for task in _WORDS_PER_THOUSAND for size in (2, 4, 8, 16)}
 
 

@@ -18,11 +18,11 @@ _WHERE = ("in the hall", "by the window", "on the stairs", "under the old clock"
 _WHEN = ("before breakfast", "all afternoon", "while it rained", "after the bell had rung", "until the lamps were lit")
 _ROOMS, _CODES = range(10, 1000), range(1000, 10000)
 _KEYS, _VALUES, _MOST_PAIRS = range(1000, 10000), range(10000, 100000), 4000
-_WORDS_PER_FACT, _MOST_FACTS = 30, 400
+_WORDS_PER_FACT = 30
 _SENTENCES_PER_PARAGRAPH = 6
 
 
-def needle_document(rng: random.Random, words: int, hops: int) -> tuple[str, str, str]:
+def needle_document(rng: random.Random, words: int, hops: int, most_facts: int = 400) -> tuple[str, str, str]:
     """Returns (document, question, answer): one fact, or a chain of two, among others of the same form and filler.
 
     With one hop the question shares its room's number with the sentence that holds the answer; with two it shares a
@@ -34,6 +34,7 @@ def needle_document(rng: random.Random, words: int, hops: int) -> tuple[str, str
         rng: all that is random; the same state gives the same three texts.
         words: the document's length; it ends with the sentence that reaches it. At least 60.
         hops: 1 ("What is the code of room 17?") or 2 ("What is the code of the room that Ada Berg's key opens?").
+        most_facts: of a form, 1 to 400; 1 leaves a fact among filler alone.
 
     Returns:
         Paragraphs of a few sentences; the question; and the answer, four digits that a right reply must contain.
@@ -45,7 +46,7 @@ def needle_document(rng: random.Random, words: int, hops: int) -> tuple[str, str
         raise InputError(f"hops must be 1 or 2, got {hops!r}")
     if words < 2 * _WORDS_PER_FACT:
         raise InputError(f"words must be at least {2 * _WORDS_PER_FACT}, got {words}")
-    num = min(words // _WORDS_PER_FACT // hops, _MOST_FACTS)
+    num = min(words // _WORDS_PER_FACT // hops, most_facts)
     names = rng.sample([f"{first} {last}" for first in _FIRST for last in _LAST], num)
     rooms, codes = rng.sample(_ROOMS, num), rng.sample(_CODES, num)
     facts = [f"The code of room {room} is {code}." for room, code in zip(rooms, codes, strict=True)]

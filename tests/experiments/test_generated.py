@@ -70,9 +70,15 @@ def test_documents_are_as_long_as_asked_for_and_hold_the_answer():
         assert question.document.count(question.answer) == 1 and question.answer not in question.turns[0]
 
 
+def test_a_lone_needle_is_the_only_fact():
+    for question in generate(("lone_needle",), 5, document_words=600):
+        (fact,) = re.findall(r"[^.]*\d[^.]*\.", question.document)
+        assert question.answer in fact and question.turns[0].split("?")[0].split()[-1] in fact
+
+
 def test_tasks_with_a_size_have_documents_of_that_size():
     texts = {task: generate((task,), 1, document_words=90)[0].document for task in GENERATED}
-    for task in ("needle", "key_value"):
+    for task in ("lone_needle", "key_value"):
         words = [len(texts[name].split()) for name in (task, *(f"{task}_{size}k" for size in (2, 4, 8, 16)))]
         assert words[0] < 120 and words[1] > 200
         np.testing.assert_allclose(np.divide(words[2:], words[1]), [2, 4, 8], rtol=0.02)
