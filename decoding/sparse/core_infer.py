@@ -41,7 +41,7 @@ from decoding.speculative.loop import TREE
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.errors import InputError, unknown_name
-from models.kernels import Kernel, select
+from models.kernels import PRECISION, Kernel, select
 
 Choice = Literal["core", "absolute", "magnitude", "random"]
 _CHOICES = ("core", "absolute", "magnitude", "random")
@@ -155,8 +155,12 @@ def token_votes(inner: jax.Array, real: jax.Array, options: CoreInferOptions) ->
         activations = jnp.abs(activations)
     positive = ((activations > 0) & real).sum(axis=(1, 2)) / jnp.maximum(real.sum(axis=(1, 2)), 1)
     limit = jnp.floor(options.alpha * positive).astype(jnp.int32)
-    count = (strongest(activations, limit) & real).sum(axis=(0, 1), dtype=jnp.int32)
-    return Votes(count, jnp.where(real, activations, 0.0).sum(axis=(0, 1)))
+    weights = real.astype(jnp.float32)  # sums over tokens as products: a CPU adds up columns slowly
+    count, total = (
+        jnp.einsum("btx,btf->f", weights, values, precision=PRECISION)
+        for values in (strongest(activations, limit).astype(jnp.float32), activations)
+    )
+    return Votes(count.astype(jnp.int32), total)
 
 
 def vote_observer(config: DecoderConfig, options: CoreInferOptions) -> Observer:
