@@ -38,7 +38,7 @@ class CoreInferBenchConfig:
     type: Literal["core_infer"] = "core_infer"
     model: str = "smollm2-135m-instruct"  # a registry name, a .gguf file, or a model folder
     questions: Path = Path("configs/prompts/spec_bench.jsonl")  # in Spec-Bench's format; the first turns are prompts
-    prompts: int = 12  # questions that are measured, evenly spaced; the others choose the static neurons
+    prompts: int = 8  # questions that are measured, evenly spaced; the others choose the static neurons
     alpha: float = 0.4  # share of a token's positive activations that vote
     betas: tuple[float, ...] = (0.4,)  # shares of neurons kept
     timed_beta: float = 0.4  # of the times

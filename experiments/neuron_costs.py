@@ -48,7 +48,7 @@ class LargestInputs:
 
     def dot(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
         """Maps x [B, T, I] to [B, T, O]."""
-        kept = strongest(jnp.abs(x), jnp.full((x.shape[0],), self.count), self.count)
+        kept = strongest(jnp.abs(x), jnp.full((x.shape[0],), self.count))
         return as_kernel(self.base).dot(jnp.where(kept, x, 0), dtype)
 
     def materialize(self) -> jax.Array:

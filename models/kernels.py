@@ -132,12 +132,10 @@ def select(kernel: jax.Array | Kernel, chosen: jax.Array, axis: int) -> Selected
 
     Args:
         kernel: [I, O]; one that is not dense is made so first.
-        chosen: i32[n], which ones: in ascending order, none twice.
+        chosen: i32[n], which ones.
         axis: 0 keeps n of the inputs, 1 n of the outputs.
     """
-    whole = as_kernel(kernel).materialize()
-    w = jnp.take(whole, chosen, axis=axis, mode="clip", unique_indices=True, indices_are_sorted=True)
-    return Selected(w, chosen)
+    return Selected(jnp.take(as_kernel(kernel).materialize(), chosen, axis=axis, mode="clip"), chosen)
 
 
 def as_kernel(value: jax.Array | Kernel) -> Kernel:

@@ -19,12 +19,12 @@ per chunk. The rows of a batch share one set, from their votes together, each ro
 would need weights per row. So a row's text depends on who shares its batch; decode prompts one by one where that
 matters. Prompt lookup's drafts (`drafted`) are verified by the sparse model.
 
-Axis letters: B batch, T tokens read, D model width, F feed-forward width, N neurons chosen, R most votes of a token.
+Axis letters: B batch, T tokens read, D model width, F feed-forward width, N neurons chosen.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -41,7 +41,7 @@ from decoding.speculative.loop import TREE
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.errors import InputError, unknown_name
-from models.kernels import Kernel, select
+from models.kernels import PRECISION, Kernel, select
 
 Choice = Literal["core", "absolute", "magnitude", "random"]
 _CHOICES = ("core", "absolute", "magnitude", "random")
@@ -115,20 +115,37 @@ def sparse_layers(config: DecoderConfig, options: CoreInferOptions) -> range:
     return layers
 
 
-def strongest(activations: jax.Array, limit: jax.Array, most: int) -> jax.Array:
+def strongest(activations: jax.Array, limit: jax.Array) -> jax.Array:
     """Returns bool[B, T, F]: each token's `limit` largest activations; of equal ones those of lower index.
 
+    Bisection: for limits that are not known when this is compiled, faster by far than sorting on a CPU.
+
     Args:
-        activations: f[B, T, F].
-        limit: i32[B], 0 to `most`.
-        most: R, at most F.
+        activations: f32[B, T, F].
+        limit: i32[B].
     """
-    values, places = jax.lax.top_k(activations, most)  # equal values in the order of their places
-    at = jnp.broadcast_to(jnp.maximum(limit - 1, 0)[:, None, None], (*activations.shape[:2], 1))
-    edge, edge_place = (jnp.take_along_axis(x, at, axis=2) for x in (values, places))
-    before = jnp.arange(activations.shape[2])[None, None, :] <= edge_place
-    inside = (activations > edge) | ((activations == edge) & before)
-    return inside & (limit > 0)[:, None, None]
+    wanted = limit[:, None, None]
+    bits = jax.lax.bitcast_convert_type(activations, jnp.int32)
+    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the floats
+    count = functools.partial(jnp.sum, axis=2, keepdims=True, dtype=jnp.int32)
+    bounds = jnp.iinfo(jnp.int32)
+    edge = _largest(lambda value: count(order >= value) >= wanted, bounds.min, bounds.max, order)
+    place, tied, missing = jnp.arange(order.shape[2])[None, None, :], order == edge, wanted - count(order > edge)
+    end = _largest(lambda end: count(tied & (place < end)) <= missing, 0, order.shape[2], order)
+    return (order > edge) | (tied & (place < end))
+
+
+def _largest(holds: Callable[[jax.Array], jax.Array], low: int, high: int, like: jax.Array) -> jax.Array:
+    """Returns i32[B, T, 1]: the largest number from low to high up to which `holds` is true; low, where it never is."""
+
+    def halve(_, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)  # rounded up; the sum would overflow
+        good = holds(middle)
+        return jnp.where(good, middle, low), jnp.where(good, high, middle - 1)
+
+    bounds = tuple(jnp.full((*like.shape[:2], 1), bound, jnp.int32) for bound in (low, high))
+    return jax.lax.fori_loop(0, (high - low).bit_length(), halve, bounds)[0]
 
 
 def token_votes(inner: jax.Array, real: jax.Array, options: CoreInferOptions) -> Votes:
@@ -137,10 +154,13 @@ def token_votes(inner: jax.Array, real: jax.Array, options: CoreInferOptions) ->
     if options.choose in ("absolute", "magnitude"):
         activations = jnp.abs(activations)
     positive = ((activations > 0) & real).sum(axis=(1, 2)) / jnp.maximum(real.sum(axis=(1, 2)), 1)
-    most = max(1, int(options.alpha * inner.shape[2]))
-    limit = jnp.minimum(jnp.floor(options.alpha * positive).astype(jnp.int32), most)
-    count = (strongest(activations, limit, most) & real).sum(axis=(0, 1), dtype=jnp.int32)
-    return Votes(count, jnp.where(real, activations, 0.0).sum(axis=(0, 1)))
+    limit = jnp.floor(options.alpha * positive).astype(jnp.int32)
+    weights = real.astype(jnp.float32)  # sums over tokens as products: a CPU adds up columns slowly
+    count, total = (
+        jnp.einsum("btx,btf->f", weights, values, precision=PRECISION)
+        for values in (strongest(activations, limit).astype(jnp.float32), activations)
+    )
+    return Votes(count.astype(jnp.int32), total)
 
 
 def vote_observer(config: DecoderConfig, options: CoreInferOptions) -> Observer:

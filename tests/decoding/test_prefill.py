@@ -124,7 +124,9 @@ def test_an_observer_sees_every_token_of_the_prompts_once(tiny, slow_cache, ragg
     monkeypatch.setattr(decoding.prefill, "CHUNK", chunk)
 
     def add(seen, inner, real):
-        return seen[0] + real.sum(axis=1), seen[1] + jnp.stack([(x * real[:, :, None]).sum(axis=1) for x in inner], 1)
+        return seen[0] + real.sum(axis=1), seen[1] + jnp.stack(
+            [x.sum(axis=1, where=real[:, :, None]) for x in inner], 1
+        )
 
     expected = inner_sums(*tiny, ragged.tokens)
     for last in (8, 6):  # the longest prompt has 40 tokens, then 32

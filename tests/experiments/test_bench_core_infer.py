@@ -44,7 +44,7 @@ def test_last_line_and_page(monkeypatch, capsys, tmp_path, folder, questions):
         np.testing.assert_allclose(cost[choose]["1.0"], whole, rtol=1e-5)
         assert abs(cost[choose]["0.5"][0] - whole[0]) > 1e-6
     page = (tmp_path / "out" / "table.md").read_text()
-    assert "| neurons | 50% | 100% |" in page and page.count("\n| ") == len(CHOICES) + 1
+    assert "| neurons | 50% | 100% |" in page and page.count("\n| ") == len(CHOICES) + 2
 
 
 def test_scores_are_those_of_whole_forward_passes(folder):

@@ -146,11 +146,16 @@ def test_padding_does_not_vote(deep):
 @pytest.mark.parametrize("relu", [False, True])
 def test_strongest_breaks_ties_by_index(relu):
     values, limit = random_activations(relu), [6, 30]
-    found = np.asarray(strongest(jnp.asarray(values), jnp.array(limit), 32))
+    found = np.asarray(strongest(jnp.asarray(values), jnp.array(limit)))
     for row, most in enumerate(limit):
         np.testing.assert_array_equal(found[row].sum(axis=0), slow_votes(values[row], most))
         assert (found[row].sum(axis=1) == most).all()
-    assert not np.asarray(strongest(jnp.asarray(values), jnp.array([0, 0]), 32)).any()
+    none_and_all = np.asarray(strongest(jnp.asarray(values), jnp.array([0, 40])))
+    assert not none_and_all[0].any() and none_and_all[1].all()
+    some = [-np.inf, -3e38, -1e-40, 0.0, 1e-40, 0.5, 3e38, np.inf]
+    for limit in range(9):
+        found = np.asarray(strongest(jnp.asarray([[some]], jnp.float32), jnp.array([limit])))[0, 0]
+        assert found.tolist() == [place >= 8 - limit for place in range(8)]
 
 
 @pytest.mark.parametrize("relu", [False, True])
