@@ -72,7 +72,7 @@ class Costs:
         observer = Observer(lambda: {name: part.first() for name, part in zip(names, parts, strict=True)}, add)
 
         def read(params: Any, prompts: Prompts) -> tuple[KVCache, dict[str, Any]]:
-            return observed_prefill(model, params, prompts, prompts.tokens.shape[1] + room, observer)
+            return observed_prefill(model, params, prompts, prompts.tokens.shape[1] + room, observer=observer)
 
         def score(params: Any, cache: KVCache, tokens: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array]:
             logits = model.apply({"params": params}, tokens, cache=cache).logits

@@ -253,7 +253,9 @@ def neuron_clusters(
 def _core_neurons(model: Decoder, options: CoreInferOptions, params: Any, prompts: Prompts) -> tuple[jax.Array, ...]:
     """Returns i32[N] for each sparse layer: the neurons that a batch of prompts would decode with."""
     observer = vote_observer(model.config, options)
-    return chosen_neurons(observed_prefill(model, params, prompts, prompts.tokens.shape[1], observer)[1], options)
+    return chosen_neurons(
+        observed_prefill(model, params, prompts, prompts.tokens.shape[1], observer=observer)[1], options
+    )
 
 
 def make_core_infer(model: Decoder, options: CoreInferOptions, stop_tokens: tuple[int, ...]) -> Steps:
