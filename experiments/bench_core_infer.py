@@ -6,8 +6,9 @@
                 the whole weights: the mean negative log-likelihood per token, and the share of tokens that the sparse
                 model would have written itself
 
-Neurons are chosen as by the method's option `choose`; `static`: those with the most votes over other questions;
-`oracle`: for each token anew those with the largest activations, as a bound, since that takes the whole matrices.
+Neurons are chosen as by the method's option `choose`; `static` and `static_magnitude`: those with the most votes, or
+the largest sum of |a|, over other questions; `oracle`: for each token anew those with the largest activations, as a
+bound, since that takes the whole matrices.
 
 The last line printed is one JSON object; the same figures go to a page that `experiments.results` takes up.
 """
@@ -28,7 +29,7 @@ from models.errors import InputError
 if TYPE_CHECKING:
     from experiments.neuron_costs import Costs
 
-CHOICES = ("core", "absolute", "magnitude", "static", "random", "oracle")
+CHOICES = ("core", "absolute", "magnitude", "static", "static_magnitude", "random", "oracle")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ def costs(
         found.setdefault(("whole", 1.0), []).append(measure.score(None, cache, prompt, text))
         for choose in CHOICES:
             for beta in betas:
-                kernels = measure.kernels(choose, beta, {**votes, "static": static})
+                kernels = measure.kernels(choose, beta, {**votes, **static})
                 found.setdefault((choose, beta), []).append(measure.score(kernels, cache, prompt, text))
     means = {key: np.concatenate(rows, axis=1).mean(axis=1).tolist() for key, rows in found.items()}
     table = {choose: {str(beta): means[choose, beta] for beta in betas} for choose in CHOICES}

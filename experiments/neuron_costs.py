@@ -29,7 +29,8 @@ _RANKED = {
     "core": ("core", "core"),
     "absolute": ("absolute", "absolute"),
     "magnitude": ("absolute", "magnitude"),
-    "static": ("static", "core"),
+    "static": ("static_core", "core"),
+    "static_magnitude": ("static_absolute", "magnitude"),
     "random": ("core", "random"),
 }
 
@@ -86,13 +87,13 @@ class Costs:
         return self._read(self.params, pad_prompts([prompt], self.model.config.vocab_size))
 
     def votes(self, prompts: Sequence[Sequence[int]]) -> Any:
-        """Returns the votes of several prompts together."""
-        return functools.reduce(
-            lambda total, new: jax.tree.map(jnp.add, total, new), (self.read(prompt)[1]["core"] for prompt in prompts)
-        )
+        """Returns the votes of several prompts together, as those of one, under the names of static ones."""
+        votes = (self.read(prompt)[1] for prompt in prompts)
+        total = functools.reduce(lambda total, new: jax.tree.map(jnp.add, total, new), votes)
+        return {f"static_{name}": part for name, part in total.items()}
 
     def kernels(self, choose: str, beta: float, votes: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the weights that a way to choose keeps; `votes` by whose they are: core, absolute, static."""
+        """Returns the weights that a way to choose keeps; `votes` by whose they are, as in `_RANKED`."""
         if choose != "oracle":
             source, ranks = _RANKED[choose]
             neurons = chosen_neurons(votes[source], CoreInferOptions(beta=beta, choose=ranks))
