@@ -174,7 +174,7 @@ _GATES = ((0.1, 0.2, 0.3), (0.6, 0.5, 0.4))
 _OPTIONS = {
     "lserve": {"budget": 12, "page": 4, "logical": 2, "reuse": 2, "gates": _GATES, "sink": 1, "local": 3},
     "streaming": {"sink": 2, "local": 4},
-    "tidal": {"budget": 6, "select": (0,), "correct_every": 4},
+    "tidal": {"budget": 6, "select": (0,)},
 }
 _SMALLEST = 44 * 30  # the key projection; a layer's cache has 3 * 103 * 10 numbers per row
 _CACHE_SIDES = {103, 10}  # slots and head width: no other array has both
