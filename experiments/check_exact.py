@@ -21,7 +21,7 @@ from experiments.config import load_config
 from experiments.loading import Loader
 from experiments.questions import read_questions
 from experiments.runtime import machine, run_main, setup_runtime
-from models.errors import InputError
+from models.errors import InputError, unknown_name
 
 TIE = 1e-3  # between the two highest logits
 
@@ -165,6 +165,8 @@ def made(config: ExactCheckConfig, loader: Loader, checked: CheckedMethod, longe
     from decoding import METHODS, DecodeFn
     from decoding.prefill import bucket_length
 
+    if checked.method not in METHODS:
+        raise unknown_name("method", checked.method, METHODS)
     draft = (config.draft or loader.rounded(config.model)) if METHODS[checked.method].drafts else None
     fn, params, _ = loader.decode_fn(
         config.model, checked.method, checked.options, draft=draft, head=None, max_new_tokens=config.max_new_tokens

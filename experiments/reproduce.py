@@ -172,11 +172,12 @@ def _keys(
     config: TableConfig, questions: dict[str, list[Question]], corpora: dict[str, list[Question]]
 ) -> dict[tuple[str, str], str]:
     """Returns the fingerprint of every cell (row, task). A warm method's cell stands on those before it, and one with a
-    head or a corpus on that.
+    head or a corpus on that; prompts that are read for all rows are read densely.
     """
     keys: dict[tuple[str, str], str] = {}
     for row in config.chosen:
         history = head_stamp(row.head) + (stamp(corpora[row.name]) if row.corpus else "")
+        history += "long prompts" if config.long_prompts else ""
         for task, asked in questions.items():
             size = config.size.max_new_tokens
             key = cell_key(config.model, config.draft, config.dtype, config.seed, size, row, asked)

@@ -137,7 +137,7 @@ def _kernel_attention(
     """Returns what `tree_attend` does, [B, T, H, Dh], by `pallas_kernels.tree_attention`."""
     width = rows.ancestors.shape[-1]
     slots = (start[:, None] + jnp.arange(width)[None, :])[:, None, :, None]
-    tree_k, tree_v = (jnp.take_along_axis(x, slots, axis=2) for x in (cache.k, cache.v))
+    tree_k, tree_v = (jnp.take_along_axis(x, slots, axis=2, mode="clip") for x in (cache.k, cache.v))
     options = {"window": config.window, "scale": config.scale, "softcap": config.softcap, "depth": rows.depth}
     return tree_attention(q, cache.k, cache.v, tree_k, tree_v, start, rows.ancestors, impl="pallas", **options)
 

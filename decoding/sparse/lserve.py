@@ -90,6 +90,8 @@ class LServeOptions(SparseOptions):
         super().__post_init__()
         check_window(self.sink, self.local)
         check_window(self.sink, self.prompt_local, "prompt_local")
+        if self.page < 1:
+            raise InputError(f"page must be at least 1 token, got {self.page}")
         for name in ("logical", "reuse"):
             value = getattr(self, name)
             if value < 1 or self.page % value:
@@ -152,7 +154,7 @@ def lserve_policy(config: DecoderConfig, options: LServeOptions) -> Policy:
         return together(parts, layer, q), cache, ctx.replace(memory=memories)
 
     def read(q, k, v, cache, ctx, *, config, layer):
-        if config.window is not None or not streaming[layer]:
+        if config.window is not None or not streaming[layer] or options.prompt_local >= cache.k.shape[2]:
             return dense_attend(q, k, v, cache, ctx, config=config, layer=layer)
         cache = append(cache, k, v)
         window = functools.partial(chunk_attention, sink=options.sink, local=options.prompt_local)

@@ -190,10 +190,15 @@ def corrected_steps(model: Decoder, steps: Steps, every: int) -> Steps:
 
     def correct(params: Any, state: DecodeState) -> DecodeState:
         length = state.cache.length
+        if every > state.cache.num_slots:
+            return state  # which no text is long enough for
         behind = state.cache.replace(length=jnp.maximum(length - every, 0))  # rows that ended early: no longer read
         cache = read_tokens(model, params, state.carry.tokens, behind, every)
+        passes = jnp.where(state.done, 0, -(-every // CHUNK))
         return state.replace(
-            cache=cache.replace(length=length), carry=state.carry.replace(count=jnp.zeros((), jnp.int32))
+            cache=cache.replace(length=length),
+            carry=state.carry.replace(count=jnp.zeros((), jnp.int32)),
+            stats=state.stats.replace(target_calls=state.stats.target_calls + passes),
         )
 
     def step(params: Any, state: DecodeState) -> DecodeState:

@@ -276,6 +276,7 @@ def test_rows_of_a_tree_share_the_choice_of_its_root(deep):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"page": 0}, "page must be at least 1 token, got 0"),
         ({"logical": 24}, r"logical must divide page \(64 tokens\), got 24"),
         ({"reuse": 5}, r"reuse must divide page \(64 tokens\), got 5"),
         ({"reuse": 0}, "reuse must divide page"),

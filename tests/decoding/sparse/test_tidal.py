@@ -112,6 +112,17 @@ def test_its_text_is_what_the_slow_reference_would_write(deep):
         assert (logits[np.arange(NEW), text] > logits.max(axis=1) - 1e-3).all()
 
 
+def test_corrections_are_calls_of_the_target_and_never_come_in_a_short_text(deep):
+    calls = {}
+    for every in (None, 4, 512):
+        fn = make_decode_fn(deep[0], "tidal", max_new_tokens=9, budget=5, select=SELECT, correct_every=every)
+        calls[every] = np.asarray(
+            fn(deep[1], PROMPTS, max_new_tokens=[9] * (len(PROMPTS) - 1) + [2]).stats.target_calls
+        )
+    np.testing.assert_array_equal(calls[4] - calls[None], [2] * (len(PROMPTS) - 1) + [0])
+    np.testing.assert_array_equal(calls[512], calls[None])
+
+
 def test_layers_before_the_first_choice_are_those_of_dense_decoding(deep):
     model, params = deep
     cache = init_cache([block.attention for block in model.config.blocks], 2, 40, jnp.float32)
