@@ -68,7 +68,8 @@ def _flags(saved: Path, shipped: Path, preset: str) -> str:
     then = _flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
     now = _flat(yaml.safe_load(dump_config(load_config(kind, argv, prog="", description=""))))
     changed = {name: value for name, value in then.items() if name != "out" and value != now.get(name)}
-    return "".join(f" --{name} {_shown(value)}" for name, value in changed.items())
+    other = tuple(f"presets.{name}." for name in ("smoke", "cpu", "gpu") if name != preset)
+    return "".join(f" --{name} {_shown(value)}" for name, value in changed.items() if not name.startswith(other))
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:

@@ -60,6 +60,7 @@ def test_a_run_with_other_settings_is_shown_with_its_flags(saved, tmp_path):
     """Of a shipped table whose saved run was another one's size, on a file of the reader's own."""
     (tmp_path / "tables" / "one.yaml").write_text("table: one\npresets: {cpu: {per_task: 2}}\n")
     argv = ["--config", "tables/one.yaml", "--presets.cpu.per_task", "5", "--questions", "/somewhere/question.jsonl"]
+    argv += ["--presets.gpu.per_task", "7"]  # which this run did not read
     config = load_config(TableConfig, argv, prog="test", description="")
     save_config(config, tmp_path / "results" / "one" / "cpu" / "config.yaml")
     assert "one.yaml --preset cpu --questions question.jsonl --presets.cpu.per_task 5`" in saved()
