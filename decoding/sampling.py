@@ -6,11 +6,11 @@ row's randomness is folded from (seed, tokens emitted so far) and does not depen
 Axis letters: B batch, V vocabulary.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+from decoding.thresholds import highest, ordered
 
 _BLOCK = 256
 _TOP_BLOCK = 64
@@ -138,43 +138,18 @@ def step_keys(keys: jax.Array, step: jax.Array) -> jax.Array:
 def _top_k(logits: jax.Array, k: jax.Array) -> jax.Array:
     """bool[B, V]: the k highest logits of each row, ties with the k-th included."""
     k = jnp.where(k > 0, jnp.minimum(k, logits.shape[-1]), logits.shape[-1])
-    ordered = _ordered(logits)
-    threshold = _highest(lambda t: jnp.sum(ordered >= t, axis=-1) >= k, k.shape[0])
-    return ordered >= threshold[:, None]
+    bits = ordered(logits)
+    threshold = highest(lambda t: jnp.sum(bits >= t, axis=-1, keepdims=True) >= k[:, None], (len(k), 1))
+    return bits >= threshold
 
 
 def _top_p(logits: jax.Array, p: jax.Array) -> jax.Array:
     """bool[B, V]: the most likely tokens that together have mass p, ties with the last included."""
     probabilities = jax.nn.softmax(logits, axis=-1)
-    ordered = _ordered(probabilities)
+    bits = ordered(probabilities)
 
     def reaches_p(t):
-        return jnp.sum(jnp.where(ordered >= t, probabilities, 0.0), axis=-1) >= p
+        return jnp.sum(jnp.where(bits >= t, probabilities, 0.0), axis=-1, keepdims=True) >= p[:, None]
 
-    threshold = _highest(reaches_p, p.shape[0])
-    kept = (ordered >= threshold[:, None]) | (p >= 1)[:, None]
-    return kept | (ordered == ordered.max(axis=-1, keepdims=True))
-
-
-def _ordered(x: jax.Array) -> jax.Array:
-    """Maps floats to integers that compare in the same order."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-def _highest(holds: Callable[[jax.Array], jax.Array], batch: int) -> jax.Array:
-    """Returns each row's highest integer threshold t, i32[B], at which `holds(t[:, None])` is true.
-
-    `holds` must be true at the lowest threshold and change once. A bisection over the bits of the floats is exact, and
-    much cheaper than sorting the vocabulary.
-    """
-    low = jnp.full((batch,), jnp.iinfo(jnp.int32).min)
-    high = jnp.full((batch,), jnp.iinfo(jnp.int32).max)
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
-        true = holds(middle[:, None])
-        return jnp.where(true, middle, low), jnp.where(true, high, middle - 1)
-
-    return jax.lax.fori_loop(0, 32, halve, (low, high))[0]
+    kept = (bits >= highest(reaches_p, (len(p), 1))) | (p >= 1)[:, None]
+    return kept | (bits == bits.max(axis=-1, keepdims=True))

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from experiments.config import save_page
 from experiments.loading import Loader
 from experiments.questions import read_questions
 from experiments.runtime import machine, setup_runtime
@@ -122,6 +123,5 @@ def bench_core_infer(config: CoreInferBenchConfig) -> None:
         "cost": costs(measure, prompts, texts, static, config.betas),
     }
     text = page(config, figures)
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "table.md").write_text(text, encoding="utf-8")
+    save_page(config, text)
     print(f"{text}\n{json.dumps(figures)}")

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.config import load_config
+from experiments.config import load_config, save_page
 from experiments.loading import Loader
 from experiments.runtime import machine, run_main, setup_runtime
 from experiments.timed import alternate
@@ -160,6 +160,12 @@ def measure(config: LongContextBenchConfig, model: Any, params: Any) -> dict[str
     for context in config.contexts:
         sizes = {"max_new_tokens": config.steps, "cache_slots": context + config.steps}
         made = [make_decode_fn(model, side.method, **sizes, **side.options) for side in config.sides]
+        for side, steps in zip(config.sides, [decode_fn.plan.steps() for decode_fn in made], strict=True):
+            if steps.most > 1 or steps.tailor is not None:
+                raise InputError(
+                    f"side {side.name!r} drafts, or fits weights to prompts: steps of one token are measured, behind a "
+                    "cache that no prompt filled. Leave out drafted, or choose a method that attends in its own way"
+                )
         timers = {
             "attention": [Attention(decode_fn, context, config.steps) for decode_fn in made],
             "step": [Step(decode_fn, params, context, config.steps) for decode_fn in made],
@@ -214,8 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     model, params, _ = Loader("float32").model(config.model)
     figures = measure(config, model, params)
     text = page(config, figures)
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "table.md").write_text(text, encoding="utf-8")
+    save_page(config, text)
     print(f"{text}\n{json.dumps(figures)}")
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.config import load_config
+from experiments.config import load_config, save_page
 from experiments.loading import Loader
 from experiments.questions import read_questions
 from experiments.runtime import machine, run_main, setup_runtime
@@ -192,8 +192,7 @@ def main(argv: list[str] | None = None) -> None:
         "log_prob": log_prob(model, params, drafts, shortest * 4, config.max_new_tokens),
     }
     text = page(config, figures)
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "table.md").write_text(text, encoding="utf-8")
+    save_page(config, text)
     print(f"{text}\n{json.dumps(figures)}")
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from experiments.config import save_page
 from experiments.loading import Loader
 from experiments.runtime import machine, setup_runtime
 from models.errors import InputError
@@ -158,6 +159,5 @@ def bench_text(config: LongTextConfig) -> None:
         figures[name] = {"perplexity": perplexity, "step_seconds": seconds}
         print(f"{name:<24} {' '.join(f'{value:9.3f}' for value in perplexity)}  {1e3 * seconds:6.1f} ms", flush=True)
     text = page(config, figures)
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "table.md").write_text(text, encoding="utf-8")
+    save_page(config, text)
     print(f"\n{text}\n{json.dumps(figures)}")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from experiments.config import save_page
 from experiments.runtime import machine
 from experiments.timed import alternate
 from models.errors import InputError
@@ -302,9 +303,8 @@ def bench_training(config: TrainBenchConfig) -> None:
     if len(sides) > 1:
         first = " and ".join(f"{side.losses[0]:.4f}" for side in sides)
         print(f"{sides[1].about['version']}; losses of the first update: {first}")
-    result = {"model": config.model, "device": device, **summarise(config, repeats, peaks)}
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "table.md").write_text(page(result), encoding="utf-8")
+    result = {"model": Path(config.model).name, "device": device, **summarise(config, repeats, peaks)}
+    save_page(config, page(result))
     print(json.dumps(result))
 
 

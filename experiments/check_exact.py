@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.config import load_config
+from experiments.config import load_config, save_page
 from experiments.loading import Loader
 from experiments.questions import read_questions
 from experiments.runtime import machine, run_main, setup_runtime
@@ -219,8 +219,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     found = check(config, loader, [short[i * len(short) // config.prompts] for i in range(config.prompts)])
     text = page(config, found)
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "table.md").write_text(text, encoding="utf-8")
+    save_page(config, text)
     print(f"\n{text}")
     wrong = [name for name, sides in found.items() if any(side.same + side.ties < side.total for side in sides)]
     if wrong:

@@ -79,6 +79,16 @@ def dump_config(config: Any) -> str:
     return dump_yaml(_plain(config))
 
 
+def save_page(config: Any, text: str) -> None:
+    """Writes a measurement's page, table.md, and the config that it was made with into the folder `config.out`.
+
+    Raises:
+        InputError: the config cannot be written.
+    """
+    save_config(config, config.out / "config.yaml")
+    (config.out / "table.md").write_text(text, encoding="utf-8")
+
+
 def save_config(config: Any, path: str | os.PathLike) -> None:
     """Writes `dump_config(config)` to a file and makes its folder; the file is whole or not there at all.
 

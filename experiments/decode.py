@@ -125,6 +125,11 @@ def check_method(config: DecodeConfig) -> None:
     if config.head is not None and not method.head:
         heads = ", ".join(name for name, row in METHODS.items() if row.head)
         raise InputError(f"method {config.method!r} has no use for a head: leave out --head, or use {heads}")
+    if config.batch_size > 1 and method.shared:
+        raise InputError(
+            f"with method {config.method!r} the rows of a batch share a choice, and a text would depend on the prompts "
+            f"beside it: set --batch_size 1, got {config.batch_size}"
+        )
     given = [name for name, value in dataclasses.asdict(config.sampling).items() if value is not None]
     if given and method.temperature is None:
         raise InputError(f"method {config.method!r} takes no {given[0]}: leave it out, or use --method sample")

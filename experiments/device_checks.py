@@ -134,12 +134,12 @@ def time_case(case: Any, bandwidth: float) -> dict[str, Any]:
     import jax
 
     count = max(1, min(MOST_SETS, -(-LEAST_BYTES // case.num_bytes)))
-    sets = [case.make(key) for key in jax.random.split(jax.random.key(1), count)]
+    keys = jax.random.split(jax.random.key(1), count)
     times: dict[str, float | str] = {}
     for name, function in case.sides.items():
         prepare = case.prepare.get(name, lambda *operands: operands)
         try:
-            own = [jax.block_until_ready(jax.jit(prepare)(*operands)) for operands in sets]
+            own = [jax.block_until_ready(jax.jit(prepare)(*case.make(key))) for key in keys]
             times[name] = _seconds(jax.jit(_one_after_another(function)), (own,)) / count * 1e6
         except Exception as error:  # of one side, as of a device that is too small for it; the others are still timed
             times[name] = _message(error)

@@ -117,6 +117,7 @@ def _setting(config: "TableConfig", questions: Mapping[str, Sequence[Question]])
     return (
         f"{config.model}{draft}; preset {config.preset}: {count} questions {source} "
         f"({most} per task at most), {config.size.max_new_tokens} new tokens per turn, batch 1."
+        + (" Each prompt is read densely, once for all rows." if config.long_prompts else "")
     )
 
 

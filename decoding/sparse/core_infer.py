@@ -24,7 +24,8 @@ Axis letters: B batch, T tokens read, D model width, F feed-forward width, N neu
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -38,6 +39,7 @@ from decoding.prefill import Observer, Prompts, observed_prefill, pad_prompts
 from decoding.sparse.neuron_clusters import Clusters, cluster_neurons
 from decoding.sparse.steps import SparseOptions, policy_steps
 from decoding.speculative.loop import TREE
+from decoding.thresholds import highest, ordered
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.errors import InputError, unknown_name
@@ -100,7 +102,9 @@ def sparse_layers(config: DecoderConfig, options: CoreInferOptions) -> range:
         )
     narrowest = min(config.blocks[layer].mlp.width for layer in range(first, last + 1))
     if int(options.beta * narrowest) < 1:
-        raise InputError(f"beta {options.beta} keeps none of {narrowest} neurons: raise it to {1 / narrowest:.2g}")
+        raise InputError(
+            f"beta {options.beta} keeps none of {narrowest} neurons: raise it to {math.ceil(1e6 / narrowest) / 1e6:g}"
+        )
     layers = range(first, last + 1)
     if options.clusters is not None:
         wanted = [(layer, int(options.beta * config.blocks[layer].mlp.width)) for layer in layers]
@@ -124,28 +128,13 @@ def strongest(activations: jax.Array, limit: jax.Array) -> jax.Array:
         activations: f32[B, T, F].
         limit: i32[B].
     """
-    wanted = limit[:, None, None]
-    bits = jax.lax.bitcast_convert_type(activations, jnp.int32)
-    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the floats
+    wanted, order = limit[:, None, None], ordered(activations)
     count = functools.partial(jnp.sum, axis=2, keepdims=True, dtype=jnp.int32)
-    bounds = jnp.iinfo(jnp.int32)
-    edge = _largest(lambda value: count(order >= value) >= wanted, bounds.min, bounds.max, order)
+    shape = *order.shape[:2], 1
+    edge = highest(lambda value: count(order >= value) >= wanted, shape)
     place, tied, missing = jnp.arange(order.shape[2])[None, None, :], order == edge, wanted - count(order > edge)
-    end = _largest(lambda end: count(tied & (place < end)) <= missing, 0, order.shape[2], order)
+    end = highest(lambda end: count(tied & (place < end)) <= missing, shape, 0, order.shape[2])
     return (order > edge) | (tied & (place < end))
-
-
-def _largest(holds: Callable[[jax.Array], jax.Array], low: int, high: int, like: jax.Array) -> jax.Array:
-    """Returns i32[B, T, 1]: the largest number from low to high up to which `holds` is true; low, where it never is."""
-
-    def halve(_, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds
-        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)  # rounded up; the sum would overflow
-        good = holds(middle)
-        return jnp.where(good, middle, low), jnp.where(good, high, middle - 1)
-
-    bounds = tuple(jnp.full((*like.shape[:2], 1), bound, jnp.int32) for bound in (low, high))
-    return jax.lax.fori_loop(0, (high - low).bit_length(), halve, bounds)[0]
 
 
 def token_votes(inner: jax.Array, real: jax.Array, options: CoreInferOptions) -> Votes:

@@ -5,7 +5,6 @@ tokens and the last. LServe (2502.14866) takes them from training (DuoAttention)
 share of attention that falls there.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -61,8 +60,9 @@ def head_gates(model: Decoder, params: Any, tokens: jax.Array, *, sink: int = 12
     check_window(sink, local)
     if tokens.shape[1] <= sink + local:
         raise InputError(f"texts of {tokens.shape[1]} tokens have nothing between sink {sink} and window {local}")
-    measure = jax.jit(functools.partial(model.apply, attend=_measuring(sink, local), ctx=()))
-    shares = measure({"params": params}, tokens).aux
+    attend = _measuring(sink, local)
+    shares = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens, attend=attend, ctx=()).aux)
+    shares = shares(params, tokens)
     return tuple(tuple(float(share) for share in layer) for layer in shares)
 
 

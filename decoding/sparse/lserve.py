@@ -30,7 +30,7 @@ from flax import struct
 
 from decoding.method import Method, Policy, Steps
 from decoding.sparse.gates import Gates, retrieval_heads
-from decoding.sparse.pages import PageBounds, all_bounds, chosen_pages, extended, page_scores, page_slots, renewed
+from decoding.sparse.pages import all_bounds, extended, page_slots, renewed
 from decoding.sparse.selected import (
     chain,
     chunk_attention,
@@ -43,17 +43,13 @@ from decoding.sparse.selected import (
 )
 from decoding.sparse.steps import SparseOptions, policy_steps
 from decoding.sparse.streaming import check_window
-from models.attention import (
-    append_rows,
-    dense_attend,
-    masked_attention,
-    visible_slots,
-)
+from models.attention import append_rows, dense_attend, masked_attention, visible_slots
 from models.cache import KVCache, LayerCache, append
 from models.config import AttentionConfig, DecoderConfig
 from models.decoder import Decoder
 from models.errors import InputError
 from models.quantized_cache import quantized
+from pallas_kernels.page_select import PageBounds, chosen_pages, page_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +180,7 @@ def _first_memory(
     """Returns a layer's memory behind the prompts."""
     bounds = all_bounds(cache.k, np.asarray(kv_heads), options.page, options.logical, cache.length)
     num_pages, num_sets = -(-cache.k.shape[2] // options.page), len(rows_of_sets(config, options.grouped, kv_heads)[1])
-    count = min(options.budget // options.page - 1, num_pages) + 1
+    count = min(options.budget // options.page, num_pages)
     pages = jnp.full((len(cache.length), num_sets, count), -1, jnp.int32)
     return PageMemory(bounds, pages, jnp.full_like(cache.length, -1))
 
@@ -199,10 +195,11 @@ def _paged(options, kv_heads, q, k, cache, ctx, memory: PageMemory, config: Atte
         bounds = extended(memory.bounds, k[:, 0, np.asarray(kv_heads)], start, options.logical)
 
     def choose() -> jax.Array:
-        root = q[:, 0, rows_of_sets(config, True, kv_heads)[0]]
-        scores = page_scores(root, bounds, -(-cache.k.shape[2] // page))
+        root = q[:, 0, rows_of_sets(config, True, kv_heads)[0]].astype(bounds.high.dtype)
+        scores = page_scores(root, bounds, start + 1, page_size=page, logical_size=options.logical)
         scores = scores.max(axis=2) if options.grouped else scores.reshape(len(start), -1, scores.shape[3])
-        return jnp.where(due[:, None, None], chosen_pages(scores, start // page, options.budget // page), memory.pages)
+        pages = chosen_pages(scores, start + 1, options.budget // page, page_size=page)
+        return jnp.where(due[:, None, None], pages, memory.pages)
 
     due = (memory.chosen_at < 0) | (start // options.reuse != memory.chosen_at // options.reuse)
     pages = jax.lax.cond(due.any(), choose, lambda: memory.pages)

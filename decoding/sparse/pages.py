@@ -1,35 +1,19 @@
-"""Pages of the cache: what is kept about their keys, and which of them a query wants.
+"""Pages of the cache: what is kept about their keys while a text grows, and the slots of those that a query wants.
 
-A page of `page` tokens has `page // logical` logical pages; of each the highest and lowest key is kept, channel by
-channel. For a query q and a logical page j
+Scores of pages and the choice among them are `pallas_kernels.page_select`, where the formula stands. The bounds here
+are brought up to date step by step, and are right for pages whose slots are all committed; those of others must not be
+used.
 
-    score_j = sum_d max(q_d kmax_jd, q_d kmin_jd) = relu(q) . kmax_j + min(q, 0) . kmin_j  >=  q . k for all its keys k
-
-and a page's score is that of its best logical page (LServe, 2502.14866, section 3.5; with pages of one logical page:
-Quest, 2406.10774).
-
-Axis letters: B batch, S cache slots, K key/value heads here, G query heads of each, J sets of pages (K or K*G), M pages
-of the cache, L logical pages of the cache, N pages chosen, Dh head width.
+Axis letters: B batch, S cache slots, K key/value heads here, J sets of pages, L logical pages of the cache, N pages
+chosen, Dh head width.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from decoding.sparse.selected import gather_slots
-from models.kernels import PRECISION
-
-
-@struct.dataclass
-class PageBounds:
-    """The highest and lowest key of each logical page: high, low f32 or the cache's dtype [B, K, L, Dh].
-
-    They are right for pages whose slots are all committed; those of others must not be used.
-    """
-
-    high: jax.Array
-    low: jax.Array
+from pallas_kernels.page_select import PageBounds
 
 
 def page_bounds(keys: jax.Array, logical: int) -> PageBounds:
@@ -92,31 +76,6 @@ def renewed(bounds: PageBounds, keys: jax.Array, kv_heads: np.ndarray, start: ja
 def _logical(bounds: PageBounds, num_slots: int, page: int) -> int:
     """Returns the tokens of a logical page."""
     return -(-num_slots // page) * page // bounds.high.shape[2]
-
-
-def page_scores(q: jax.Array, bounds: PageBounds, num_pages: int) -> jax.Array:
-    """Returns f32[B, K, G, M]: the best bound of q . k in each page, for q [B, K, G, Dh]."""
-
-    def product(one: jax.Array, other: jax.Array) -> jax.Array:
-        return jnp.einsum("bkgd,bkld->bkgl", one, other, precision=PRECISION, preferred_element_type=jnp.float32)
-
-    scores = product(jnp.maximum(q, 0), bounds.high) + product(jnp.minimum(q, 0), bounds.low)
-    return scores.reshape(*scores.shape[:3], num_pages, -1).max(axis=4)
-
-
-def chosen_pages(scores: jax.Array, newest: jax.Array, count: int) -> jax.Array:
-    """Returns i32[B, J, N]: the best count - 1 of the pages before the newest, and the newest; -1 where there is none.
-
-    Args:
-        scores: f32[B, J, M].
-        newest: i32[B], the page that the newest token stands in. All pages before it are full.
-        count: N.
-    """
-    num_pages = scores.shape[2]
-    full = jnp.arange(num_pages)[None, None, :] < newest[:, None, None]
-    best, pages = jax.lax.top_k(jnp.where(full, scores, -jnp.inf), min(count - 1, num_pages))
-    pages = jnp.where(best > -jnp.inf, pages, -1)
-    return jnp.concatenate([pages, jnp.broadcast_to(newest[:, None, None], (*pages.shape[:2], 1))], axis=2)
 
 
 def page_slots(pages: jax.Array, page: int, start: jax.Array) -> tuple[jax.Array, jax.Array]:

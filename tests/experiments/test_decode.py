@@ -107,6 +107,7 @@ def test_prompts_file_joins_the_flags(run, tmp_path):
         (["--prompt", "x", "--method", "sample", "--sampling.top_p", "1.5"], "top_p must be in (0, 1], got 1.5"),
         (["--prompt", "x" * 200], "the model's context only 128"),
         (["--prompt", "x", "--stream", "--batch_size", "2"], "stream needs batch_size 1"),
+        (["--prompt", "x", "--method", "core_infer", "--batch_size", "2"], "set --batch_size 1, got 2"),
         (["--prompt", "x", "--save", "/proc/nowhere/out.jsonl"], "cannot write /proc/nowhere/out.jsonl"),
     ],
 )

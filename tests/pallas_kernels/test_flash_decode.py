@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels import compat, dispatch
 from pallas_kernels.flash_decode import Partials, flash_decode, merge_partials, normalize, tpu
-from tests.support.kernels import TOLERANCES, bury, lower_for, normal, races_found, slow_rows
+from tests.support.kernels import assert_part, bury, lower_for, normal, races_found, slow_rows
 
 SCALE = 0.2
 # dtype, K, R, S, Dh, lengths, whether rows start late, softcap, splits
@@ -36,19 +36,7 @@ def check(part, args, options):
     """Compares a part with slow loops: what it normalizes to, and the weight with which it would be merged."""
     first = jnp.zeros(args[0].shape[::2], jnp.int32) if options["first"] is None else options["first"]
     out, lse = slow_rows(*args, first, SCALE, options["softcap"])
-    tolerance = TOLERANCES[str(args[0].dtype)]
-    assert all(x.dtype == jnp.float32 for x in part)
-    np.testing.assert_allclose(normalize(part), out, atol=tolerance)
-    np.testing.assert_array_equal(np.asarray(part.l) == 0, np.isinf(lse))
-    seen = np.isfinite(lse)
-    np.testing.assert_allclose((part.m + jnp.log(part.l))[seen], lse[seen], rtol=tolerance, atol=tolerance)
-
-
-@pytest.fixture(params=["tpu", "gpu"])
-def form(request, monkeypatch):
-    """The options that run one kernel's interpreter."""
-    monkeypatch.setattr(dispatch, "platform", lambda: request.param)
-    return {"impl": "pallas", "interpret": True}
+    assert_part(part, out, lse, args[0].dtype)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat, dispatch
-from pallas_kernels.flash_decode import flash_decode, normalize, pages_tpu
-from tests.support.kernels import TOLERANCES, bury, lower_for, normal, races_found, slow_rows
+from pallas_kernels.flash_decode import flash_decode, pages_tpu
+from tests.support.kernels import assert_part, bury, lower_for, normal, races_found, slow_rows
 
 SCALE = 0.2
 # dtype, K, lists of a head, R, S, Dh, page size, lengths, pages of a list, whether rows start late, splits
@@ -53,19 +53,7 @@ def expected(args, options):
 
 def check(part, args, options):
     out, lse = expected(args, options)
-    tolerance = TOLERANCES[str(args[0].dtype)]
-    assert all(x.dtype == jnp.float32 for x in part)
-    np.testing.assert_allclose(normalize(part), out, atol=tolerance)
-    np.testing.assert_array_equal(np.asarray(part.l) == 0, np.isinf(lse))
-    seen = np.isfinite(lse)
-    np.testing.assert_allclose((part.m + jnp.log(part.l))[seen], lse[seen], rtol=tolerance, atol=tolerance)
-
-
-@pytest.fixture(params=["tpu", "gpu"])
-def form(request, monkeypatch):
-    """The options that run one kernel's interpreter."""
-    monkeypatch.setattr(dispatch, "platform", lambda: request.param)
-    return {"impl": "pallas", "interpret": True}
+    assert_part(part, out, lse, args[0].dtype)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,6 +8,8 @@ import numpy as np
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.sharding import AbstractMesh
 
+from pallas_kernels.flash_decode import Partials, normalize
+
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
 GARBAGE = 1e30
 _DEVICES = {"tpu": "TPU v5 lite", "cuda": "NVIDIA H100"}
@@ -42,6 +44,15 @@ def slow_rows(
             lse[b, h, r] = scores.max() + np.log(np.exp(scores - scores.max()).sum())
             out[b, h, r] = np.exp(scores - lse[b, h, r]) @ v[b, h, seen]
     return out, lse
+
+
+def assert_part(part: Partials, out: np.ndarray, lse: np.ndarray, dtype: jnp.dtype) -> None:
+    """Compares a part with what `slow_rows` gives: what it normalizes to, and the weight with which it would merge."""
+    tolerance, seen = TOLERANCES[str(dtype)], np.isfinite(lse)
+    assert all(x.dtype == jnp.float32 for x in part)
+    np.testing.assert_allclose(normalize(part), out, atol=tolerance)
+    np.testing.assert_array_equal(np.asarray(part.l) == 0, np.isinf(lse))
+    np.testing.assert_allclose((part.m + jnp.log(part.l))[seen], lse[seen], rtol=tolerance, atol=tolerance)
 
 
 def lower_for(platform: str, function: Callable, *shapes: jax.ShapeDtypeStruct) -> str:

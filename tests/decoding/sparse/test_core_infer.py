@@ -323,7 +323,7 @@ def test_slices_come_once_per_request_and_not_in_the_loop(deep):
     [
         ({"alpha": 0.0}, "alpha must be a share, above 0 and at most 1; got 0"),
         ({"beta": 1.2}, "beta must be a share, above 0 and at most 1; got 1.2"),
-        ({"beta": 0.02}, "beta 0.02 keeps none of 48 neurons: raise it to 0.021"),
+        ({"beta": 0.02}, "beta 0.02 keeps none of 48 neurons: raise it to 0.020834"),
         ({"choose": "kore"}, "choose 'kore'"),
         ({"last": 5}, "layers of the model, 0 to 4, in this order; got 1 and 5"),
         ({"first": 4, "last": 3}, "got 4 and 3"),

@@ -13,14 +13,11 @@ from decoding.autoregressive import DENSE
 from decoding.sparse import lserve
 from decoding.sparse.gates import retrieval_heads
 from decoding.sparse.lserve import LServeOptions, lserve_policy
-from decoding.sparse.pages import (
-    PageBounds,
-    chosen_pages,
-)
 from models.attention import TreeRows, attention_output, attention_scores, tree_attend, visible_softmax
 from models.cache import init_cache
 from models.errors import InputError
 from models.quantized_cache import quantized
+from pallas_kernels.page_select import PageBounds, chosen_pages
 from tests.support.decode_reference import texts
 from tests.support.sparse_reference import Rule, deep_model, fast_logits, slow_logits
 
@@ -113,7 +110,7 @@ def test_the_comparison_sees_planted_bugs(deep, forced, monkeypatch, bug):
     if bug == "stale bounds":
         monkeypatch.setattr(lserve, "renewed", lambda bounds, *rest: bounds)
     else:
-        monkeypatch.setattr(lserve, "chosen_pages", lambda scores, newest, count: chosen_pages(-scores, newest, count))
+        monkeypatch.setattr(lserve, "chosen_pages", lambda scores, *rest, **size: chosen_pages(-scores, *rest, **size))
     fast = run(deep, forced, options)
     retrieval = retrieval_heads(deep[0].config, None, 0.5)
     errors = [

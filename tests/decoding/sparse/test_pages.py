@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding.sparse.pages import all_bounds, chosen_pages, extended, page_bounds, page_scores, page_slots, renewed
+from decoding.sparse.pages import all_bounds, extended, page_bounds, page_slots, renewed
+from pallas_kernels.page_select import chosen_pages, page_scores
 
 
 @pytest.fixture(scope="module")
@@ -12,15 +13,20 @@ def keys() -> np.ndarray:
     return np.random.default_rng(1).normal(size=(2, 3, 48, 8)).astype(np.float32)
 
 
+def scores_of(q: np.ndarray, keys: np.ndarray, logical: int) -> np.ndarray:
+    bounds, length = page_bounds(jnp.asarray(keys), logical), jnp.array([48, 48], jnp.int32)
+    return np.asarray(page_scores(jnp.asarray(q), bounds, length, page_size=8, logical_size=logical))
+
+
 @pytest.mark.parametrize("logical", [1, 2, 4, 8])
 def test_scores_bound_every_product_in_the_page(keys, logical):
     q = np.random.default_rng(2).normal(size=(2, 3, 2, 8)).astype(np.float32)
-    scores = np.asarray(page_scores(jnp.asarray(q), page_bounds(jnp.asarray(keys), logical), 6))
+    scores = scores_of(q, keys, logical)
     best = np.einsum("bkgd,bksd->bkgs", q, keys).reshape(2, 3, 2, 6, 8).max(axis=4)
     assert (scores >= best - 1e-5).all()
     if logical == 1:
         np.testing.assert_allclose(scores, best, rtol=1e-5, atol=1e-5)
-    whole = np.asarray(page_scores(jnp.asarray(q), page_bounds(jnp.asarray(keys), 8), 6))
+    whole = scores_of(q, keys, 8)
     assert (scores <= whole + 1e-5).all()
     assert logical == 8 or (scores < whole - 0.1).any()
 
@@ -53,7 +59,7 @@ def test_a_cache_that_ends_inside_a_page(keys):
 
 def test_chosen_pages_are_the_best_full_ones_and_the_newest():
     scores = jnp.asarray(np.random.default_rng(4).normal(size=(3, 2, 9)), jnp.float32).at[:, :, 6:].set(99.0)
-    pages = np.asarray(chosen_pages(scores, jnp.array([6, 2, 0]), 4))
+    pages = np.asarray(chosen_pages(scores, jnp.array([6 * 4 + 1, 2 * 4 + 4, 1], jnp.int32), 4, page_size=4))
     for row, newest in enumerate((6, 2, 0)):
         for head, chosen in enumerate(pages[row]):
             assert chosen[-1] == newest
