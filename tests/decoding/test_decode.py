@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 
 import jax
@@ -198,6 +199,10 @@ def large_moves(hlo: str) -> list[str]:
     return found
 
 
+# What tests/conftest.py turns off to compile fast.
+AS_ALWAYS = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ["XLA_FLAGS"] else {}
+
+
 def compiled_advance(batch: int, method: str, step=advance) -> str:
     """Returns the optimised HLO of `step` for a batch, with the state donated as `DecodeFn.advance` does."""
     model = Decoder(_CONFIG)
@@ -210,7 +215,7 @@ def compiled_advance(batch: int, method: str, step=advance) -> str:
     state = jax.eval_shape(lambda *args: start(fn.plan, *args), params, prompts, call)
     assert state.cache.k[0].shape == (batch, 3, 103, 10)
     jitted = jax.jit(step, static_argnums=0, donate_argnums=2)
-    return jitted.lower(fn.plan, params, state, jnp.int32(9)).compile().as_text()
+    return jitted.lower(fn.plan, params, state, jnp.int32(9)).compile(AS_ALWAYS).as_text()
 
 
 @pytest.mark.parametrize(
