@@ -32,7 +32,7 @@ from flax import struct
 
 from decoding.method import Call, Method, Policy, Steps
 from decoding.prefill import CHUNK, Prompts, read_tokens
-from decoding.sparse.selected import merged, own_window, rows_of_sets, selected_attention, with_tree
+from decoding.sparse.selected import listed_attention, merged, own_window, with_tree
 from decoding.sparse.steps import SparseOptions, policy_steps
 from decoding.state import DecodeState, run_if
 from models.attention import (
@@ -151,10 +151,10 @@ def tidal_attend(roles: tuple[Role, ...], budget: int, grouped: bool) -> Attend:
 
     def sparse(q, k, v, cache, ctx, config):
         start, cache = cache.length, append_rows(cache, k, v, ctx)
-        heads, kv = rows_of_sets(config, grouped, range(config.num_kv_heads))
         visible = ctx.memory < start[:, None, None, None]
         slots, visible = with_tree(ctx.memory, visible, start, ctx, q.shape[1])
-        return merged(selected_attention(q[:, :, heads], cache, kv, slots, visible, config), q), cache, ctx
+        out = listed_attention(q, cache, range(config.num_kv_heads), slots, visible, config)
+        return merged(out, q), cache, ctx
 
     def attend(q, k, v, cache, ctx, *, config, layer):
         if roles[layer] == "full":
