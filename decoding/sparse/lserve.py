@@ -55,6 +55,8 @@ from pallas_kernels.flash_decode import slots_of_pages
 from pallas_kernels.page_select import PageBounds, chosen_pages, page_scores
 from pallas_kernels.tree_attention import MOST_WIDTH, tree_attention
 
+_STREAMING = ("streaming", "sink", "local", "prompt_local")  # options of streaming heads
+
 
 @dataclasses.dataclass(frozen=True)
 class LServeOptions(SparseOptions):
@@ -66,8 +68,9 @@ class LServeOptions(SparseOptions):
         logical: of a logical page; divides `page`.
         reuse: steps that a choice of pages is used for; divides `page`, so that a new page is never missed.
         grouped: the query heads of a key/value head share their pages.
-        gates: one number per layer and key/value head (`head_gates`); None: no head streams.
-        streaming: share of the heads that stream, 0 to 1, where there are gates.
+        gates: one number per layer and key/value head (`head_gates`); None: no head streams, and the next four are
+            refused.
+        streaming: share of the heads that stream, 0 to 1.
         sink: first tokens that a streaming head sees.
         local: last tokens that it sees while decoding.
         prompt_local: last tokens that it sees while prompts are read.
@@ -110,6 +113,13 @@ class LServeOptions(SparseOptions):
             raise InputError("kv_bits takes the bounds of pages from keys as they come: leave out drafted, or kv_bits")
         if self.gates is not None:
             object.__setattr__(self, "gates", tuple(tuple(layer) for layer in self.gates))
+            return
+        given = [name for name in _STREAMING if getattr(self, name) != getattr(LServeOptions, name)]
+        if given:
+            raise InputError(
+                f"{', '.join(given)} say how heads stream, and without gates none does: give gates (`head_gates` "
+                f"measures them), or leave out {', '.join(given)}"
+            )
 
 
 @struct.dataclass
