@@ -83,6 +83,16 @@ def test_all_pages_are_all_slots(form):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), paged, whole)
 
 
+def test_lists_of_some_heads(form):
+    (q, k, v, lengths), options = operands("one row")
+    options |= {"pages": options["pages"][:, :1]}
+    for last in (0, 1):
+        part = flash_decode(q[:, last:][:, :1], k, v, lengths, heads=(last,), **options, **form)
+        heads = slice(last, last + 1)
+        alone = flash_decode(q[:, heads], k[:, heads], v[:, heads], lengths, **options)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), part, alone)
+
+
 def test_other_pages_are_not_read(form):
     """What stands in them may be NaN."""
     (q, k, v, lengths), options = operands("one row")
