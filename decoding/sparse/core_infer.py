@@ -60,7 +60,8 @@ class CoreInferOptions(SparseOptions):
             of |a|. `random`: nothing that is in the prompt, as a control.
         first: the first layer with chosen neurons; None: 6 of 32, in proportion.
         last: the last one; None: 26 of 32, in proportion.
-        clusters: whose neurons to take in place of the prompt's own; made with the other options the same.
+        clusters: whose neurons to take in place of the prompt's own; made with the other options the same, or they are
+            refused.
     """
 
     alpha: float = 0.4
@@ -107,16 +108,32 @@ def sparse_layers(config: DecoderConfig, options: CoreInferOptions) -> range:
         )
     layers = range(first, last + 1)
     if options.clusters is not None:
-        wanted = [(layer, int(options.beta * config.blocks[layer].mlp.width)) for layer in layers]
-        found = [
-            (layer, sets.shape[1]) for layer, sets in zip(options.clusters.layers, options.clusters.sets, strict=True)
-        ]
-        if wanted != found:
-            raise InputError(
-                "clusters were made for another model, or with another beta, first or last: wanted (layer, neurons) "
-                f"{wanted}, got {found}"
-            )
+        check_clusters(config, options, layers)
     return layers
+
+
+def check_clusters(config: DecoderConfig, options: CoreInferOptions, layers: range) -> None:
+    """Raises InputError unless `options.clusters` were made for such a model, with these options."""
+    clusters, wanted = options.clusters, _deciding(options)
+    other = [f"{name} {clusters.made_with[name]}" for name in wanted if clusters.made_with[name] != wanted[name]]
+    if other:
+        own = ", ".join(f"{name} {value}" for name, value in wanted.items())
+        raise InputError(
+            f"clusters were made with {', '.join(other)}, which must be the method's own: give {own} to "
+            "`neuron_clusters`, or the method what they were made with"
+        )
+    sizes = [(layer, int(options.beta * config.blocks[layer].mlp.width)) for layer in layers]
+    found = [(layer, sets.shape[1]) for layer, sets in zip(clusters.layers, clusters.sets, strict=True)]
+    if sizes != found:
+        raise InputError(
+            "clusters were made for another model, or with another first or last: wanted (layer, neurons) "
+            f"{sizes}, got {found}"
+        )
+
+
+def _deciding(options: CoreInferOptions) -> dict[str, float | str]:
+    """Returns the options that say which neurons are core neurons: clusters and prompts must share them."""
+    return {"alpha": options.alpha, "beta": options.beta, "choose": options.choose}
 
 
 def strongest(activations: jax.Array, limit: jax.Array) -> jax.Array:
@@ -235,7 +252,8 @@ def neuron_clusters(
         for row, neurons in enumerate(found):
             hot[-1][row, np.asarray(neurons[index])] = 1.0
     guide = min(max(25 * len(model.config.blocks) // 32, layers[0]), layers[-1])
-    return cluster_neurons(layers, guide, hot, [len(neurons) for neurons in found[0]], num, seed)
+    sizes = [len(neurons) for neurons in found[0]]
+    return cluster_neurons(layers, guide, hot, sizes, num, seed, _deciding(options))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

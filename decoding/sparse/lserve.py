@@ -26,30 +26,36 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import struct
 
 from decoding.method import Method, Policy, Steps
 from decoding.sparse.gates import Gates, retrieval_heads
-from decoding.sparse.pages import all_bounds, extended, page_slots, renewed
+from decoding.sparse.pages import all_bounds, extended, renewed
 from decoding.sparse.selected import (
     chain,
     chunk_attention,
+    listed_attention,
     merged,
     own_window,
-    rows_of_sets,
-    selected_attention,
+    query_heads,
+    taken_slots,
     window_attention,
     with_tree,
 )
 from decoding.sparse.steps import SparseOptions, policy_steps
 from decoding.sparse.streaming import check_window
-from models.attention import append_rows, dense_attend, masked_attention, visible_slots
+from models.attention import TreeRows, append_rows, dense_attend, masked_attention, visible_slots
 from models.cache import KVCache, LayerCache, append
 from models.config import AttentionConfig, DecoderConfig
 from models.decoder import Decoder
 from models.errors import InputError
-from models.quantized_cache import quantized
+from models.quantized_cache import QuantizedSlots, quantized
+from pallas_kernels.flash_decode import slots_of_pages
 from pallas_kernels.page_select import PageBounds, chosen_pages, page_scores
+from pallas_kernels.tree_attention import MOST_WIDTH, tree_attention
+
+_STREAMING = ("streaming", "sink", "local", "prompt_local")  # options of streaming heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +68,9 @@ class LServeOptions(SparseOptions):
         logical: of a logical page; divides `page`.
         reuse: steps that a choice of pages is used for; divides `page`, so that a new page is never missed.
         grouped: the query heads of a key/value head share their pages.
-        gates: one number per layer and key/value head (`head_gates`); None: no head streams.
-        streaming: share of the heads that stream, 0 to 1, where there are gates.
+        gates: one number per layer and key/value head (`head_gates`); None: no head streams, and the next four are
+            refused.
+        streaming: share of the heads that stream, 0 to 1.
         sink: first tokens that a streaming head sees.
         local: last tokens that it sees while decoding.
         prompt_local: last tokens that it sees while prompts are read.
@@ -98,14 +105,21 @@ class LServeOptions(SparseOptions):
             )
         if not 0 <= self.streaming <= 1:
             raise InputError(f"streaming must be a share of the heads, 0 to 1; got {self.streaming}")
-        if self.drafted >= self.page:
-            raise InputError(f"drafted must be below page ({self.page} tokens), got {self.drafted}")
+        if self.drafted >= min(self.page, MOST_WIDTH):
+            raise InputError(f"drafted must be below page ({self.page} tokens) and {MOST_WIDTH}, got {self.drafted}")
         if self.kv_bits not in (None, 4, 8):
             raise InputError(f"kv_bits must be 4 or 8, or None to keep numbers as they are; got {self.kv_bits!r}")
         if self.kv_bits is not None and self.drafted:
             raise InputError("kv_bits takes the bounds of pages from keys as they come: leave out drafted, or kv_bits")
         if self.gates is not None:
             object.__setattr__(self, "gates", tuple(tuple(layer) for layer in self.gates))
+            return
+        given = [name for name in _STREAMING if getattr(self, name) != getattr(LServeOptions, name)]
+        if given:
+            raise InputError(
+                f"{', '.join(given)} say how heads stream, and without gates none does: give gates (`head_gates` "
+                f"measures them), or leave out {', '.join(given)}"
+            )
 
 
 @struct.dataclass
@@ -179,7 +193,9 @@ def _first_memory(
 ) -> PageMemory:
     """Returns a layer's memory behind the prompts."""
     bounds = all_bounds(cache.k, np.asarray(kv_heads), options.page, options.logical, cache.length)
-    num_pages, num_sets = -(-cache.k.shape[2] // options.page), len(rows_of_sets(config, options.grouped, kv_heads)[1])
+    num_pages, num_sets = -(-cache.k.shape[2] // options.page), len(kv_heads)
+    if not options.grouped:
+        num_sets *= config.num_heads // config.num_kv_heads
     count = min(options.budget // options.page, num_pages)
     pages = jnp.full((len(cache.length), num_sets, count), -1, jnp.int32)
     return PageMemory(bounds, pages, jnp.full_like(cache.length, -1))
@@ -187,15 +203,14 @@ def _first_memory(
 
 def _paged(options, kv_heads, q, k, cache, ctx, memory: PageMemory, config: AttentionConfig):
     """Returns (f32[B, T, J, G, Dh] of the heads that read pages, the layer's memory)."""
-    start, page, group = cache.length, options.page, config.num_heads // config.num_kv_heads
-    heads, kv = rows_of_sets(config, options.grouped, kv_heads)
+    start, page = cache.length, options.page
     if options.kv_bits is None:
         bounds = renewed(memory.bounds, cache.k, np.asarray(kv_heads), start, page)
     else:  # in the cache are codes
         bounds = extended(memory.bounds, k[:, 0, np.asarray(kv_heads)], start, options.logical)
 
     def choose() -> jax.Array:
-        root = q[:, 0, rows_of_sets(config, True, kv_heads)[0]].astype(bounds.high.dtype)
+        root = q[:, 0, query_heads(config, kv_heads)].astype(bounds.high.dtype)
         scores = page_scores(root, bounds, start + 1, page_size=page, logical_size=options.logical)
         scores = scores.max(axis=2) if options.grouped else scores.reshape(len(start), -1, scores.shape[3])
         pages = chosen_pages(scores, start + 1, options.budget // page, page_size=page)
@@ -203,15 +218,40 @@ def _paged(options, kv_heads, q, k, cache, ctx, memory: PageMemory, config: Atte
 
     due = (memory.chosen_at < 0) | (start // options.reuse != memory.chosen_at // options.reuse)
     pages = jax.lax.cond(due.any(), choose, lambda: memory.pages)
-    slots, visible = with_tree(*page_slots(pages, page, start), start, ctx, q.shape[1])
-    out = selected_attention(q[:, :, heads], cache, kv, slots, visible, config)
-    out = out.reshape(*out.shape[:2], len(kv_heads), group, -1)
+    read = _read_codes if isinstance(cache.k, QuantizedSlots) else _read_pages
+    out = read(q, cache, kv_heads, pages, page, ctx, config)
     return out, PageMemory(bounds, pages, jnp.where(due, start, memory.chosen_at))
+
+
+def _read_pages(q, cache, kv_heads, pages, page, rows: TreeRows, config: AttentionConfig) -> jax.Array:
+    """Returns f32[B, T, J, G, Dh]: attention to the pages i32[B, J or J*G, N] and to the tree's rows behind them."""
+    start, heads = cache.length, query_heads(config, kv_heads)
+    behind = start[:, None] + jnp.arange(rows.ancestors.shape[-1])[None, :]
+    behind = jnp.broadcast_to(behind[:, None, :], (len(start), len(kv_heads), behind.shape[1]))
+    tree = (taken_slots(x, behind, kv_heads) for x in (cache.k, cache.v))
+    out = tree_attention(
+        q[:, :, heads.reshape(-1)].astype(cache.k.dtype),
+        *(cache.k, cache.v, *tree, start, rows.ancestors),
+        pages=pages,
+        page_size=page,
+        heads=kv_heads,
+        scale=config.scale,
+        softcap=config.softcap,
+    )
+    return out.reshape(*out.shape[:2], *heads.shape, -1).astype(jnp.float32)
+
+
+def _read_codes(q, cache, kv_heads, pages, page, rows: TreeRows, config: AttentionConfig) -> jax.Array:
+    """Does what `_read_pages` does for a cache of codes: slot by slot, since no kernel reads codes."""
+    start, num_sets = cache.length, pages.shape[1]
+    slots = slots_of_pages(rearrange(pages, "b j n -> (b j) n"), jnp.repeat(start, num_sets), page)
+    slots = rearrange(slots, "(b j) n -> b 1 j n", j=num_sets)
+    return listed_attention(q, cache, kv_heads, *with_tree(slots, slots >= 0, start, rows, q.shape[1]), config)
 
 
 def _causal(q: jax.Array, cache: LayerCache, kv_heads: tuple[int, ...], config: AttentionConfig) -> jax.Array:
     """Returns dense attention [B, T, J, G, Dh] of some heads; the cache has the T new rows behind its length."""
-    heads, kv = rows_of_sets(config, True, kv_heads)
+    heads, kv = query_heads(config, kv_heads), np.asarray(kv_heads)
     visible = visible_slots(cache.length, chain(q.shape[1]), q.shape[1], cache.k.shape[2], None)
     config = dataclasses.replace(config, num_heads=heads.size, num_kv_heads=len(kv))
     out = masked_attention(q[:, :, heads.reshape(-1)], cache.k[:, kv], cache.v[:, kv], visible, config)

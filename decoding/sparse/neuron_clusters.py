@@ -11,7 +11,7 @@ Axis letters: P points (texts), F features (neurons), C clusters, N neurons chos
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ class Clusters:
         centers: f32[C, F], mean of the texts' zeros and ones in that layer.
         sets: for each layer i32[C, N], in ascending order.
         labels: i[P], the cluster of each text.
+        made_with: the options that say what core neurons are, by their names.
     """
 
     layers: tuple[int, ...]
@@ -38,6 +39,7 @@ class Clusters:
     centers: np.ndarray
     sets: tuple[np.ndarray, ...]
     labels: np.ndarray
+    made_with: Mapping[str, float | str]
 
     def nearest(self, neurons: jax.Array) -> jax.Array:
         """Returns i32[]: the cluster of a prompt with these core neurons, i32[N], in the guiding layer."""
@@ -47,7 +49,13 @@ class Clusters:
 
 
 def cluster_neurons(
-    layers: Sequence[int], guide: int, hot: Sequence[np.ndarray], sizes: Sequence[int], num: int | None, seed: int
+    layers: Sequence[int],
+    guide: int,
+    hot: Sequence[np.ndarray],
+    sizes: Sequence[int],
+    num: int | None,
+    seed: int,
+    made_with: Mapping[str, float | str],
 ) -> Clusters:
     """Returns the clusters of texts whose core neurons are known.
 
@@ -59,6 +67,7 @@ def cluster_neurons(
         num: clusters, C; None: by the elbow of the inertia over 1 to 10, 4 at least. Never more than there are
             different texts.
         seed: of the clustering.
+        made_with: what to note of how the neurons were chosen.
     """
     points = hot[list(layers).index(guide)].astype(np.float64)
     if num is None:
@@ -73,7 +82,7 @@ def cluster_neurons(
         return np.sort(ranked[:, :size], axis=1).astype(np.int32)
 
     sets = tuple(kept(layer, size) for layer, size in zip(hot, sizes, strict=True))
-    return Clusters(tuple(layers), guide, centers.astype(np.float32), sets, labels)
+    return Clusters(tuple(layers), guide, centers.astype(np.float32), sets, labels, dict(made_with))
 
 
 def elbow(inertias: Sequence[float]) -> int:

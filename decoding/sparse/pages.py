@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from decoding.sparse.selected import gather_slots
+from decoding.sparse.selected import taken_slots
 from pallas_kernels.page_select import PageBounds
 
 
@@ -64,10 +64,10 @@ def renewed(bounds: PageBounds, keys: jax.Array, kv_heads: np.ndarray, start: ja
         page: tokens of a page.
     """
     last = jnp.maximum(start // page - 1, 0)
-    slots = (last[:, None] * page + jnp.arange(page)[None, :])[:, None, None, :]
-    slots = jnp.broadcast_to(slots, (len(start), 1, len(kv_heads), page))
+    slots = (last[:, None] * page + jnp.arange(page)[None, :])[:, None, :]
+    slots = jnp.broadcast_to(slots, (len(start), len(kv_heads), page))
     num_logical = page // _logical(bounds, keys.shape[2], page)
-    new = page_bounds(gather_slots(keys, kv_heads, slots)[:, 0], page // num_logical)
+    new = page_bounds(taken_slots(keys, slots, kv_heads), page // num_logical)
     place = jax.vmap(lambda all_, new, at: jax.lax.dynamic_update_slice(all_, new, (0, at, 0)))
     at = last * num_logical
     return PageBounds(place(bounds.high, new.high, at), place(bounds.low, new.low, at))
@@ -76,10 +76,3 @@ def renewed(bounds: PageBounds, keys: jax.Array, kv_heads: np.ndarray, start: ja
 def _logical(bounds: PageBounds, num_slots: int, page: int) -> int:
     """Returns the tokens of a logical page."""
     return -(-num_slots // page) * page // bounds.high.shape[2]
-
-
-def page_slots(pages: jax.Array, page: int, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the slots of pages i32[B, J, N] and which of them are committed: i32 and bool[B, 1, J, N * page]."""
-    slots = pages[..., None] * page + jnp.arange(page)[None, None, None, :]
-    slots = slots.reshape(*pages.shape[:2], -1)[:, None]
-    return slots, (slots >= 0) & (slots < start[:, None, None, None])

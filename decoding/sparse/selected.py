@@ -13,84 +13,85 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
+from einops import rearrange, repeat
 
-from models.attention import TreeRows, append_rows, scaled, visible_softmax
+from models.attention import TreeRows, append_rows
 from models.cache import LayerCache
 from models.config import AttentionConfig
-from models.kernels import PRECISION
 from models.quantized_cache import QuantizedSlots, gathered
+from pallas_kernels.flash_decode import ListHeads, Partials, gather_slots, masked_partials, normalize
+from pallas_kernels.selected_attention import selected_attention
 
 BLOCK = 128  # tokens of a prompt that share what they read
 
 
-def rows_of_sets(config: AttentionConfig, shared: bool, kv_heads: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns which heads the sets are for.
-
-    Args:
-        config: the layer.
-        shared: whether all query heads of a key/value head share a set.
-        kv_heads: the key/value heads that have sets.
-
-    Returns:
-        (i[J, P] query heads of each set, i[J] its key/value head).
-    """
+def query_heads(config: AttentionConfig, kv_heads: Sequence[int]) -> np.ndarray:
+    """Returns i[J, G]: the query heads of some key/value heads."""
     group = config.num_heads // config.num_kv_heads
-    kv = np.asarray(kv_heads, np.int32)
-    heads = kv[:, None] * group + np.arange(group, dtype=np.int32)
-    return (heads, kv) if shared else (heads.reshape(-1, 1), np.repeat(kv, group))
+    return np.asarray(kv_heads, np.int32)[:, None] * group + np.arange(group, dtype=np.int32)
 
 
-def gather_slots(cached: jax.Array | QuantizedSlots, kv_heads: np.ndarray, slots: jax.Array) -> jax.Array:
-    """Returns [B, X, J, N, Dh]: slots i32[B, X, J, N] of cached [B, K, S, Dh], set j from head kv_heads[j].
+def taken_slots(cached: jax.Array | QuantizedSlots, slots: jax.Array, kv_heads: Sequence[int]) -> jax.Array:
+    """Returns [B, J, N, Dh]: slots i32[B, J, N] of cached [B, K, S, Dh], codes as numbers; beyond S the nearest slot.
 
-    Slots out of range give the nearest one. Rows are taken from one long list: a gather along the axis S of some heads
-    would copy these heads first.
+    J is the number of `kv_heads`, or a multiple of it: the first lists read the first of them, and so on.
     """
-    batch, num_heads, num_slots, _ = cached.shape
-    first = (jnp.arange(batch, dtype=jnp.int32)[:, None] * num_heads + kv_heads[None, :]) * num_slots
-    rows = first[:, None, :, None] + jnp.clip(slots, 0, num_slots - 1)
-    return gathered(cached, lambda x: x.reshape(-1, x.shape[3]).at[rows].get(mode="promise_in_bounds"))
+    batch, num_heads, _, _ = cached.shape
+    table = ListHeads(slots.shape[1] // len(kv_heads), tuple(kv_heads), num_heads).table(batch)
+    flat = rearrange(slots, "b j n -> (b j) n")
+    taken = gathered(cached, lambda x: gather_slots(rearrange(x, "b k s d -> (b k) s d"), flat, table))
+    return rearrange(taken, "(b j) n d -> b j n d", b=batch)
 
 
-def selected_attention(
+def listed_attention(
     q: jax.Array,
     cache: LayerCache,
-    kv_heads: np.ndarray,
+    kv_heads: Sequence[int],
     slots: jax.Array,
     visible: jax.Array,
     config: AttentionConfig,
 ) -> jax.Array:
-    """Softmax attention in float32 over sets of slots.
+    """Softmax attention in float32 over sets of slots, by `pallas_kernels.selected_attention`.
+
+    Of a cache of codes, for which there is no kernel, the slots are made numbers before its XLA form reads them.
 
     Args:
-        q: [B, T, J, P, Dh], the queries by set.
+        q: [B, T, H, Dh], all heads of the layer.
         cache: keys and values, the new rows' included.
-        kv_heads: i[J], the key/value head that each set reads.
-        slots: i32[B, T or 1, J, N]. No slot may stand in a set twice, unless hidden.
+        kv_heads: the key/value heads to compute, in this order.
+        slots: i32[B, T or 1, J, N], J as many as `kv_heads`, or G times as many: a set for each query head. No slot may
+            stand in a set twice, unless hidden.
         visible: bool[B, T, J or 1, N], what is seen of them; one slot at least for each query.
-        config: scale and softcap.
+        config: heads, scale and softcap.
 
     Returns:
-        f32[B, T, J, P, Dh].
+        f32[B, T, K, G, Dh], K as many as `kv_heads`.
     """
-    num_rows = q.shape[1]
-    visible = jnp.broadcast_to(visible, (*q.shape[:3], slots.shape[-1]))[:, :, :, None]
-    if slots.shape[1] != num_rows:  # one list for all rows: they become more queries of one set
-        q = rearrange(q, "b t j p d -> b 1 j (t p) d")
-        visible = jnp.repeat(rearrange(visible, "b t j 1 n -> b 1 j t n"), q.shape[3] // num_rows, axis=3)
-    batch, rows, sets = q.shape[:3]
-    keys = rearrange(gather_slots(cache.k, kv_heads, slots), "b t j n d -> (b t j) n d")
-    values = rearrange(gather_slots(cache.v, kv_heads, slots), "b t j n d -> (b t j) n d")
-    products = _products("xpd,xnd->xpn", rearrange(q, "b t j p d -> (b t j) p d"), keys)
-    scores = rearrange(scaled(products, config), "(b t j) p n -> b t j p n", b=batch, t=rows)
-    weights = rearrange(visible_softmax(scores, visible), "b t j p n -> (b t j) p n").astype(values.dtype)
-    out = rearrange(_products("xpn,xnd->xpd", weights, values), "(b t j) p d -> b t j p d", b=batch, t=rows)
-    return out if rows == num_rows else rearrange(out, "b 1 j (t p) d -> b t j p d", t=num_rows)
+    num_new, sets = q.shape[1], slots.shape[2] // len(kv_heads)
+    visible = jnp.broadcast_to(visible, (*q.shape[:2], *slots.shape[2:]))
+    rows = rearrange(q[:, :, query_heads(config, kv_heads)], "b t k (s p) d -> b k (s t p) d", s=sets)
+    if slots.shape[1] < num_new:  # one list for all new rows, of which each sees its own part
+        slots = rearrange(slots, "b 1 j n -> b j n")
+        visible = repeat(visible, "b t j n -> b j (t p) n", p=rows.shape[2] // (sets * num_new))
+    else:
+        slots, visible = (rearrange(x, "b t j n -> b (j t) n") for x in (slots, visible))
+    scale = config.head_dim**-0.5 if config.scale is None else config.scale
+    options = {"scale": scale, "softcap": config.softcap}
+    if isinstance(cache.k, QuantizedSlots):
+        part = _over_codes(rows, cache, kv_heads, slots, visible, options)
+    else:
+        rows = rows.astype(cache.k.dtype)
+        part = selected_attention(rows, cache.k, cache.v, slots, visible=visible, heads=kv_heads, **options)
+    return rearrange(normalize(part), "b k (s t p) d -> b t k (s p) d", s=sets, t=num_new)
 
 
-def _products(equation: str, one: jax.Array, other: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, one, other, precision=PRECISION, preferred_element_type=jnp.float32)
+def _over_codes(rows, cache, kv_heads, slots, visible, options) -> Partials:
+    """Returns what `selected_attention` does, for a cache of codes."""
+    keys, values = (rearrange(taken_slots(x, slots, kv_heads), "b j n d -> (b j) n d") for x in (cache.k, cache.v))
+    q = rearrange(rows.astype(jnp.float32), "b k (j r) d -> (b k j) r d", j=slots.shape[1] // rows.shape[1])
+    seen = visible.reshape(len(keys), -1, visible.shape[-1])
+    part = masked_partials(q, keys, values, seen, **options)
+    return jax.tree.map(lambda x: x.reshape(*rows.shape[:3], *x.shape[2:]), part)
 
 
 def with_tree(
@@ -142,7 +143,6 @@ def window_attention(
     """
     num_new, start, num_slots = q.shape[1], cache.length, cache.k.shape[2]
     sink, reach = min(sink, num_slots), min(local, num_slots)
-    heads, kv = rows_of_sets(config, True, kv_heads)
     positions = start[:, None] + rows.depth  # i32[B, W]
     oldest = positions[:, -num_new:] - local  # the last position that a new row does not see
     last = start[:, None] + jnp.arange(1 - reach, 0)[None, :]
@@ -151,11 +151,11 @@ def window_attention(
     far = (jnp.arange(sink + reach - 1) >= sink)[None, None, None, :]
     visible = (slots >= jnp.where(far, sink, 0)) & (slots < start[:, None, None, None])
     visible = visible & (~far | (slots > oldest[:, :, None, None]))
-    slots = jnp.broadcast_to(slots, (len(start), 1, len(kv), slots.shape[-1]))
+    slots = jnp.broadcast_to(slots, (len(start), 1, len(kv_heads), slots.shape[-1]))
     near = (positions[:, None, :] > oldest[:, :, None]) | (positions < sink)[:, None, :]
     seen = rows.replace(ancestors=rows.ancestors & near)
     slots, visible = with_tree(slots, visible, start, seen, num_new)
-    return selected_attention(q[:, :, heads], cache, kv, slots, visible, config)
+    return listed_attention(q, cache, kv_heads, slots, visible, config)
 
 
 def chain(num_rows: int) -> TreeRows:

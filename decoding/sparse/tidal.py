@@ -32,7 +32,7 @@ from flax import struct
 
 from decoding.method import Call, Method, Policy, Steps
 from decoding.prefill import CHUNK, Prompts, read_tokens
-from decoding.sparse.selected import merged, own_window, rows_of_sets, selected_attention, with_tree
+from decoding.sparse.selected import listed_attention, merged, own_window, with_tree
 from decoding.sparse.steps import SparseOptions, policy_steps
 from decoding.state import DecodeState, run_if
 from models.attention import (
@@ -58,7 +58,9 @@ class TidalOptions(SparseOptions):
 
     Attributes:
         budget: tokens that a sparse layer reads per head, the newest included.
-        select: the layers that choose; None: the first one from 2 on and the first one from 13/32 of the layers on.
+        select: the layers that choose, with one layer at least behind them that reads what they chose; None: the first
+            one from 2 on (earlier in a model whose layers would end there) and the first one from 13/32 of the layers
+            on.
         grouped: the query heads of a key/value head choose together.
         correct_every: steps between two corrections of the cache, at most 512 or a multiple of it; None: never.
     """
@@ -90,14 +92,13 @@ def layer_roles(config: DecoderConfig, select: tuple[int, ...] | None) -> tuple[
 
     Raises:
         InputError: a selection layer that is none of the model's, or has a sliding window; no selection layer at all;
-            or layers without a window that differ in their heads.
+            selection layers behind which none is left to read what they chose; or layers without a window that differ
+            in their heads.
     """
     layers = [block.attention for block in config.blocks]
     unbounded = [index for index, layer in enumerate(layers) if layer.window is None]
     if select is None:
-        wanted = (2, max(2, 13 * len(layers) // 32))
-        select = sorted({next((index for index in unbounded if index >= least), len(layers)) for least in wanted})
-        select = tuple(index for index in select if index < len(layers))
+        select = _default_selection(unbounded, len(layers))
     elif not select or not set(select) <= set(unbounded):
         raise InputError(
             f"select must name layers without a sliding window, of which this model has {unbounded}; got {list(select)}"
@@ -108,13 +109,35 @@ def layer_roles(config: DecoderConfig, select: tuple[int, ...] | None) -> tuple[
         )
 
     def role(index: int) -> Role:
-        if not select or index < select[0]:
+        if index < select[0]:
             return "full"
         if layers[index].window is not None:
             return "window"
         return "select" if index in select else "sparse"
 
-    return tuple(role(index) for index in range(len(layers)))
+    roles = tuple(role(index) for index in range(len(layers)))
+    if "sparse" not in roles:
+        raise InputError(
+            f"behind the selection layers {list(select)} no layer is left to read what they chose: name earlier ones "
+            f"of {unbounded} as select, or take method 'sample'"
+        )
+    return roles
+
+
+def _default_selection(unbounded: list[int], num_layers: int) -> tuple[int, ...]:
+    """Returns the selection layers among those without a window, the first with such a layer behind it.
+
+    Raises:
+        InputError: fewer than two layers without a window.
+    """
+    if len(unbounded) < 2:
+        raise InputError(
+            "method 'tidal' needs a layer that chooses tokens and one behind it that reads them, both without a "
+            f"sliding window; this model has {len(unbounded)} such layers: take method 'sample'"
+        )
+    first = next((index for index in unbounded[:-1] if index >= 2), unbounded[-2])
+    middle = next((index for index in unbounded[:-1] if index >= 13 * num_layers // 32), first)
+    return tuple(sorted({first, max(first, middle)}))
 
 
 def chosen_slots(scores: jax.Array, weights: jax.Array, start: jax.Array, count: int, grouped: bool) -> jax.Array:
@@ -151,10 +174,10 @@ def tidal_attend(roles: tuple[Role, ...], budget: int, grouped: bool) -> Attend:
 
     def sparse(q, k, v, cache, ctx, config):
         start, cache = cache.length, append_rows(cache, k, v, ctx)
-        heads, kv = rows_of_sets(config, grouped, range(config.num_kv_heads))
         visible = ctx.memory < start[:, None, None, None]
         slots, visible = with_tree(ctx.memory, visible, start, ctx, q.shape[1])
-        return merged(selected_attention(q[:, :, heads], cache, kv, slots, visible, config), q), cache, ctx
+        out = listed_attention(q, cache, range(config.num_kv_heads), slots, visible, config)
+        return merged(out, q), cache, ctx
 
     def attend(q, k, v, cache, ctx, *, config, layer):
         if roles[layer] == "full":

@@ -8,6 +8,8 @@ Axis letters: B batch, K key/value heads, R rows of queries (heads of a group ti
 width, N = B*K, P splits; J lists of pages, K or a multiple of it, of at most X pages each.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
@@ -23,13 +25,17 @@ from pallas_kernels.dispatch import (
     unserved_by_kernels,
 )
 from pallas_kernels.flash_decode.gpu import flash_decode_gpu
+from pallas_kernels.flash_decode.list_heads import ListHeads as ListHeads
 from pallas_kernels.flash_decode.listed_gpu import listed_partials_gpu
-from pallas_kernels.flash_decode.pages import PAGE_SIZES, slots_of_pages, wanted_pages
+from pallas_kernels.flash_decode.pages import PAGE_SIZES, wanted_pages
+from pallas_kernels.flash_decode.pages import slots_of_pages as slots_of_pages
 from pallas_kernels.flash_decode.pages_tpu import flash_decode_pages_tpu
 from pallas_kernels.flash_decode.partials import Partials as Partials
 from pallas_kernels.flash_decode.partials import merge_partials as merge_partials
 from pallas_kernels.flash_decode.partials import normalize as normalize
 from pallas_kernels.flash_decode.reference import flash_decode_reference, listed_partials
+from pallas_kernels.flash_decode.reference import gather_slots as gather_slots
+from pallas_kernels.flash_decode.reference import masked_partials as masked_partials
 from pallas_kernels.flash_decode.tpu import flash_decode_tpu
 
 _KERNELS = {"tpu": flash_decode_tpu, "gpu": flash_decode_gpu}
@@ -44,6 +50,7 @@ def flash_decode(
     first: jax.Array | None = None,
     pages: jax.Array | None = None,
     page_size: int | None = None,
+    heads: Sequence[int] | None = None,
     splits: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -67,6 +74,8 @@ def flash_decode(
             each key/value head has several lists, which serve equal runs of its R rows. (With R = G*T rows in the order
             (g, t), J = K*G gives each query head a list.) None reads all live slots.
         page_size: slots of a page, with `pages` alone; kernels take 16, 32, 64 and 128.
+        heads: the heads of k and v that are read, in this order, with `pages` alone: everywhere else K is then their
+            number. None for all.
         splits: into how many parts a kernel cuts the slots, which it computes side by side; changes no result. None
             leaves it to the kernel.
         scale: factor of the scores; None for Dh ** -0.5.
@@ -81,55 +90,78 @@ def flash_decode(
         ValueError: shapes or dtypes that do not fit, lengths or pages beyond the cache, splits below 1, an `impl` that
             is unknown or has no kernel for these operands.
     """
-    (batch, heads, num_rows, head_dim), num_slots = _check(q_rows, k, v, lengths, first, splits)
+    (batch, num_heads, num_rows, head_dim), num_slots = _check(q_rows, k, v, lengths, first, splits, heads)
     options = {"scale": head_dim**-0.5 if scale is None else scale, "softcap": softcap}
-    if pages is not None or page_size is not None:
-        _check_pages(q_rows, num_slots, heads, pages, page_size)
-        part = _over_pages(q_rows, k, v, lengths, first, pages, page_size, splits, impl, interpret, options)
-        return jax.tree.map(lambda x: x.reshape(batch, heads, num_rows, *x.shape[2:]), part)
+    if pages is not None or page_size is not None or heads is not None:
+        _check_pages(q_rows, num_slots, pages, page_size)
+        read = list_heads(heads, pages.shape[1], q_rows, k)
+        part = _over_pages(q_rows, k, v, lengths, first, pages, page_size, read, splits, impl, interpret, options)
+        return jax.tree.map(lambda x: x.reshape(batch, num_heads, num_rows, *x.shape[2:]), part)
     form = choose_form("flash_decode", impl, interpret, num_slots, unserved_by_kernels(k.dtype, head_dim, num_slots))
     q, k, v = (rearrange(x, "b k s d -> (b k) s d") for x in (q_rows, k, v))
-    lengths = jnp.repeat(lengths, heads)
+    lengths = jnp.repeat(lengths, num_heads)
     if first is not None:
-        first = jnp.repeat(jnp.maximum(first, 0), heads, axis=0)
+        first = jnp.repeat(jnp.maximum(first, 0), num_heads, axis=0)
     if form == "xla":
         part = flash_decode_reference(q, k, v, lengths, first, **options)
     else:
-        first = jnp.zeros((batch * heads, num_rows), jnp.int32) if first is None else first
+        first = jnp.zeros((batch * num_heads, num_rows), jnp.int32) if first is None else first
         part = merge_partials(_KERNELS[form](q, k, v, lengths, first, splits=splits, interpret=interpret, **options))
-    return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), part)
+    return jax.tree.map(lambda x: x.reshape(batch, num_heads, *x.shape[1:]), part)
 
 
-def _over_pages(q_rows, k, v, lengths, first, pages, page_size, splits, impl, interpret, options) -> Partials:
+def _over_pages(q_rows, k, v, lengths, first, pages, page_size, heads, splits, impl, interpret, options) -> Partials:
     """Returns the part of listed pages, o f32[N, R, Dh] with N = B*J lists and the R rows of each."""
-    batch, heads, num_rows, head_dim = q_rows.shape
-    lists, num_pages = pages.shape[1] // heads, pages.shape[2]
+    (batch, num_heads, num_rows, head_dim), lists, num_pages = q_rows.shape, heads.each, pages.shape[2]
     unserved = unserved_by_kernels(k.dtype, head_dim, k.shape[2])
     if page_size not in PAGE_SIZES:
         unserved = f"pages of {page_size} slots (it must be one of {', '.join(map(str, PAGE_SIZES))})"
     form = choose_form("flash_decode_pages", impl, interpret, num_pages * page_size, unserved)
     q = rearrange(q_rows, "b k (j r) d -> (b k j) r d", j=lists)
     k, v = (rearrange(x, "b k s d -> (b k) s d") for x in (k, v))
-    first = jnp.zeros((batch, num_rows), jnp.int32) if first is None else jnp.maximum(first, 0)
-    first = repeat(first, "b (j r) -> (b k j) r", k=heads, j=lists)
-    lengths = jnp.repeat(lengths, heads * lists)
-    pages, counts = wanted_pages(rearrange(pages, "b j x -> (b j) x"), lengths, first, page_size)
+    lengths, pages = jnp.repeat(lengths, num_heads * lists), rearrange(pages, "b j x -> (b j) x")
+    starts = jnp.zeros((batch, num_rows), jnp.int32) if first is None else jnp.maximum(first, 0)
+    starts = repeat(starts, "b (j r) -> (b k j) r", k=num_heads, j=lists)
+    if form == "xla":
+        slots = slots_of_pages(pages, lengths, page_size)
+        visible = slots[:, None, :] >= (0 if first is None else starts[:, :, None])
+        return listed_partials(q, k, v, slots, heads.table(batch), visible, **options)
+    options = options | {"splits": splits, "interpret": interpret}
+    pages, counts = wanted_pages(pages, lengths, starts, page_size)
     if form == "tpu":
-        options = options | {"page_size": page_size, "splits": splits, "interpret": interpret}
-        return merge_partials(flash_decode_pages_tpu(q, k, v, pages, counts, lengths, first, **options))
-    slots = slots_of_pages(pages, counts, lengths, page_size)
-    if form == "gpu":
-        options = options | {"splits": splits, "interpret": interpret}
-        return merge_partials(listed_partials_gpu(q, k, v, slots, counts * page_size, first, **options))
-    return listed_partials(q, k, v, slots, first, **options)
+        part = flash_decode_pages_tpu(q, k, v, pages, counts, lengths, starts, heads, page_size=page_size, **options)
+    else:
+        pages = jnp.where(jnp.arange(num_pages, dtype=jnp.int32)[None, :] < counts[:, None], pages, -1)
+        slots = slots_of_pages(pages, lengths, page_size)
+        part = listed_partials_gpu(q, k, v, slots, counts * page_size, starts, heads, **options)
+    return merge_partials(part)
 
 
-def _check_pages(q_rows, num_slots, heads, pages, page_size) -> None:
+def list_heads(heads: Sequence[int] | None, lists: int, q_rows: jax.Array, k: jax.Array) -> ListHeads:
+    """Returns which heads of k [B, K, S, Dh] a batch row's `lists` lists read: `heads`, None for all.
+
+    Raises:
+        ValueError: heads that k does not have, or not as many as q_rows has.
+    """
+    read = tuple(range(k.shape[1])) if heads is None else tuple(int(head) for head in heads)
+    if len(read) != q_rows.shape[1] or not set(read) <= set(range(k.shape[1])):
+        raise ValueError(
+            f"heads is {list(read)}; it must name one of the {k.shape[1]} heads of k for each of the {q_rows.shape[1]} "
+            f"of q_rows."
+        )
+    return ListHeads(lists // len(read), read, k.shape[1])
+
+
+def _check_pages(q_rows, num_slots, pages, page_size) -> None:
     """Raises ValueError on lists of pages that do not fit the other arguments."""
+    heads = q_rows.shape[1]
     if pages is None or page_size is None:
-        raise ValueError(f"page_size is {page_size} and pages is {'None' if pages is None else 'given'}: pass both.")
-    if not 1 <= page_size <= num_slots:
-        raise ValueError(f"page_size is {page_size}; it must be from 1 to the cache's {num_slots} slots.")
+        raise ValueError(
+            f"page_size is {page_size} and pages is {'None' if pages is None else 'given'}: pass both, or neither of "
+            f"them nor heads."
+        )
+    if page_size < 1:
+        raise ValueError(f"page_size is {page_size}; it must be at least 1.")
     if pages.ndim != 3 or pages.shape[0] != len(q_rows) or not pages.shape[2]:
         raise ValueError(f"pages has the shape {pages.shape}; it must be [B, J, X] with B {len(q_rows)} and X above 0.")
     if not pages.shape[1] or pages.shape[1] % heads or q_rows.shape[2] % (pages.shape[1] // heads):
@@ -141,14 +173,14 @@ def _check_pages(q_rows, num_slots, heads, pages, page_size) -> None:
     check_below("pages", pages, -(-num_slots // page_size), "pages")
 
 
-def _check(q_rows, k, v, lengths, first, splits) -> tuple[tuple[int, int, int, int], int]:
+def _check(q_rows, k, v, lengths, first, splits, heads) -> tuple[tuple[int, int, int, int], int]:
     """Returns (B, K, R, Dh), S, or raises ValueError."""
     for name, value in {"q_rows": q_rows, "k": k}.items():
         if value.ndim != 4:
             raise ValueError(f"{name} has the shape {value.shape}; it must have the four axes of [B, K, rows, Dh].")
-    batch, heads, num_rows, head_dim = q_rows.shape
+    batch, num_heads, num_rows, head_dim = q_rows.shape
     num_slots = k.shape[2]
-    check_shape("k", k, (batch, heads, num_slots, head_dim), "B, K, S, Dh")
+    check_shape("k", k, (batch, num_heads if heads is None else k.shape[1], num_slots, head_dim), "B, K, S, Dh")
     check_shape("v", v, k.shape, "B, K, S, Dh")
     check_shape("lengths", lengths, (batch,), "B")
     check_integers("lengths", lengths)
@@ -159,4 +191,4 @@ def _check(q_rows, k, v, lengths, first, splits) -> tuple[tuple[int, int, int, i
         check_integers("first", first)
     if splits is not None and splits < 1:
         raise ValueError(f"splits is {splits}; it must be at least 1, or None.")
-    return (batch, heads, num_rows, head_dim), num_slots
+    return (batch, num_heads, num_rows, head_dim), num_slots

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
 from pallas_kernels.flash_decode.gpu import SLOTS, blocks_of_rows, cut, nothing_seen
+from pallas_kernels.flash_decode.list_heads import ListHeads
 from pallas_kernels.flash_decode.partials import Partials, absorb_block
 
 
@@ -25,6 +26,7 @@ def listed_partials_gpu(
     slots: jax.Array,
     counts: jax.Array,
     first: jax.Array,
+    heads: ListHeads,
     *,
     splits: int | None,
     scale: float,
@@ -35,17 +37,18 @@ def listed_partials_gpu(
 
     Args:
         q: [N, R, Dh], Dh a power of two.
-        k: [M, S, Dh], M a divisor of N; list n reads head n // (N / M).
+        k: [M, S, Dh].
         v: [M, S, Dh].
         slots: i32[N, X], below S; a negative one stands for none.
         counts: i32[N], 0 to X; from there on a list holds no slot.
         first: i32[N, R], not negative: the first slot that each row sees.
+        heads: which of the M heads each list reads.
         splits: parts of a list that are computed side by side; None for as many as fill a GPU.
         scale: factor of the scores.
         softcap: cap of the scores, or None.
         interpret: as `pallas_call` takes it.
     """
-    (num, num_rows, head_dim), lists, num_slots = q.shape, len(q) // len(k), k.shape[1]
+    (num, num_rows, head_dim), num_slots = q.shape, k.shape[1]
     rows, row_blocks = blocks_of_rows(num_rows, head_dim)
     splits, size = cut(slots.shape[1], num * row_blocks, splits)
     padding = ((0, 0), (0, row_blocks * rows - num_rows))
@@ -54,7 +57,7 @@ def listed_partials_gpu(
     def part(*last):
         return jax.ShapeDtypeStruct((splits, num, row_blocks * rows, *last), jnp.float32)
 
-    of_head = pl.BlockSpec((None, num_slots, head_dim), lambda n, r, p: (lax.div(n, lists), 0, 0))
+    of_head = pl.BlockSpec((None, num_slots, head_dim), lambda n, r, p: (heads.entry(n), 0, 0))
     o, m, l = pl.pallas_call(  # noqa: E741
         partial(_kernel, scale=scale, softcap=softcap),
         grid=(num, row_blocks, splits),

@@ -30,9 +30,14 @@ def wanted_pages(pages: jax.Array, lengths: jax.Array, first: jax.Array, page_si
     return jnp.where(ordered == beyond, 0, ordered), jnp.sum(wanted, axis=1, dtype=jnp.int32)
 
 
-def slots_of_pages(pages: jax.Array, counts: jax.Array, lengths: jax.Array, page_size: int) -> jax.Array:
-    """Returns the live slots of the first `counts` pages, i32[N, P * page_size], -1 in the place of others."""
+def slots_of_pages(pages: jax.Array, lengths: jax.Array, page_size: int) -> jax.Array:
+    """Returns the live slots of pages i32[N, P] in their order, i32[N, P * page_size], -1 in the place of others.
+
+    Args:
+        pages: negative ones stand for none.
+        lengths: i32[N], live slots.
+        page_size: slots of a page.
+    """
     slots = pages[:, :, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)[None, None, :]
-    there = jnp.arange(pages.shape[1], dtype=jnp.int32)[None, :] < counts[:, None]
-    live = there[:, :, None] & (slots < lengths[:, None, None])
+    live = (slots >= 0) & (slots < lengths[:, None, None])
     return jnp.where(live, slots, -1).reshape(len(pages), -1)

@@ -11,10 +11,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
+from pallas_kernels.flash_decode.list_heads import ListHeads
 from pallas_kernels.flash_decode.partials import Partials
 from pallas_kernels.flash_decode.tpu import absorb_slots, blocks_of_rows, see_nothing
 
@@ -29,6 +29,7 @@ def flash_decode_pages_tpu(
     counts: jax.Array,
     lengths: jax.Array,
     first: jax.Array,
+    heads: ListHeads,
     *,
     page_size: int,
     splits: int | None,
@@ -40,19 +41,20 @@ def flash_decode_pages_tpu(
 
     Args:
         q: [N, R, Dh].
-        k: [M, S, Dh], M a divisor of N; list n reads head n // (N / M).
+        k: [M, S, Dh].
         v: [M, S, Dh].
         pages: i32[N, P], valid pages; all lists together must fit the chip's scalar memory.
         counts: i32[N], how many pages of each list count.
         lengths: i32[N], 0 to S; slots from here on are dead and may hold anything.
         first: i32[N, R], not negative: the first slot that each row sees.
+        heads: which of the M heads each list reads.
         page_size: slots of a page, a multiple of 16.
         splits: parts of a list that may be computed side by side; None for 1.
         scale: factor of the scores.
         softcap: cap of the scores, or None.
         interpret: as `pallas_call` takes it.
     """
-    (num, num_rows, head_dim), num_pages, lists = q.shape, pages.shape[1], len(q) // len(k)
+    (num, num_rows, head_dim), num_pages = q.shape, pages.shape[1]
     rows, row_blocks = blocks_of_rows(num_rows, q.dtype)
     together = min(TOGETHER, num_pages)
     groups = pl.cdiv(num_pages, together)
@@ -65,7 +67,7 @@ def flash_decode_pages_tpu(
 
     def at_page(i, n, r, p, j, pages, counts, lengths):
         last = jnp.maximum(counts[n] - 1, 0)
-        return lax.div(n, lists), pages[n, jnp.minimum((p * steps + j) * together + i, last)], 0
+        return heads.entry(n), pages[n, jnp.minimum((p * steps + j) * together + i, last)], 0
 
     def at_part(n, r, p, j, pages, counts, lengths):
         return p, n, r, 0

@@ -1,11 +1,12 @@
 """Flash decoding in plain jnp: what it means, and the form that XLA compiles.
 
 Axis letters: N batch rows times key/value heads, R rows of queries, S slots, Dh head width; X slots of a list, of which
-each key/value head has one or several: N lists for M heads.
+each key/value head has one or several, or none: N lists for M heads.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.flash_decode.partials import HIDDEN, Partials, cap_scores, product_precision
 
@@ -43,7 +44,8 @@ def listed_partials(
     k: jax.Array,
     v: jax.Array,
     slots: jax.Array,
-    first: jax.Array,
+    heads: np.ndarray,
+    visible: jax.Array,
     *,
     scale: float,
     softcap: float | None,
@@ -52,25 +54,26 @@ def listed_partials(
 
     Args:
         q: [N, R, Dh].
-        k: [M, S, Dh], M a divisor of N; list n reads head n // (N / M).
+        k: [M, S, Dh].
         v: [M, S, Dh], finite.
-        slots: i32[N, X], below S, none twice; a negative one stands for none.
-        first: i32[N, R], not negative: the first slot that each row sees.
+        slots: i32[N, X], none twice unless hidden.
+        heads: i32[N], the head that each list reads.
+        visible: bool[N, R or 1, X], what is seen of them.
         scale: factor of the scores.
         softcap: cap of the scores, or None.
     """
-    visible = slots[:, None, :] >= first[:, :, None]
-    return masked_partials(q, gather_slots(k, slots), gather_slots(v, slots), visible, scale=scale, softcap=softcap)
+    keys, values = gather_slots(k, slots, heads), gather_slots(v, slots, heads)
+    return masked_partials(q, keys, values, visible, scale=scale, softcap=softcap)
 
 
-def gather_slots(x: jax.Array, slots: jax.Array) -> jax.Array:
-    """Returns [N, X, Dh]: list n of slots i32[N, X] of head n // (N / M) of x [M, S, Dh]; slot 0 for negative ones.
+def gather_slots(x: jax.Array, slots: jax.Array, heads: np.ndarray) -> jax.Array:
+    """Returns [N, X, Y]: the slots i32[N, X] of x [M, S, Y], list n from head heads[n]; beyond S the nearest slot.
 
     Rows are taken from one long list, since a gather along the axis S may copy the heads first.
     """
-    heads, num_slots, head_dim = x.shape
-    begin = jnp.arange(len(slots), dtype=jnp.int32) // (len(slots) // heads) * num_slots
-    return x.reshape(-1, head_dim).at[begin[:, None] + jnp.maximum(slots, 0)].get(mode="promise_in_bounds")
+    num_slots = x.shape[1]
+    rows = (heads * num_slots)[:, None] + jnp.clip(slots, 0, num_slots - 1)
+    return x.reshape(-1, x.shape[2]).at[rows].get(mode="promise_in_bounds")
 
 
 def masked_partials(

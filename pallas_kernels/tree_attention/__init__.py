@@ -8,6 +8,8 @@ Axis letters: B batch, T new rows of the tree, W rows of the tree, H query heads
 slots, Dh head width, N = B*K, R = G*T.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
@@ -31,6 +33,9 @@ def tree_attention(
     *,
     depth: jax.Array | None = None,
     window: int | None = None,
+    pages: jax.Array | None = None,
+    page_size: int | None = None,
+    heads: Sequence[int] | None = None,
     splits: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -52,6 +57,10 @@ def tree_attention(
             A row that is padding may see nothing; it returns zeros if nothing is committed either.
         depth: i32[B or 1, W], each row's distance from the length; needed with a window, and not used without.
         window: a row at position p sees positions p - window + 1 to p; None for all.
+        pages: i32[B, J, X], the pages that are read of the committed slots; J is K, or K*G with a list for each query
+            head. None for all. See `flash_decode`, which is given them with the next two.
+        page_size: slots of a page.
+        heads: the heads of k and v that are read; tree_k and tree_v have these alone.
         splits: see `flash_decode`.
         scale: factor of the scores; None for Dh ** -0.5.
         softcap: scores become softcap * tanh(score / softcap); None for no cap.
@@ -65,19 +74,20 @@ def tree_attention(
         ValueError: heads that K does not divide, a tree wider than 256 rows, a window without depth, shapes or dtypes
             that do not fit, and what `flash_decode` refuses.
     """
-    _check(q, k, v, tree_k, tree_v, lengths, ancestors, depth, window)
-    num_new, heads = q.shape[1], k.shape[1]
+    _check(q, k, v, tree_k, tree_v, lengths, ancestors, depth, window, heads)
+    num_new, group = q.shape[1], q.shape[2] // tree_k.shape[1]
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    rows = rearrange(q, "b t (k g) d -> b k (g t) d", k=heads)
+    rows = rearrange(q, "b t (k g) d -> b k (g t) d", g=group)
     first = None
     if window is not None:
         position = lengths[:, None] + depth[:, -num_new:]
-        first = jnp.tile(position - (window - 1), (1, q.shape[2] // heads))
+        first = jnp.tile(position - (window - 1), (1, group))
         ancestors = ancestors & (depth[:, None, :] > depth[:, -num_new:, None] - window)
     options = {"scale": scale, "softcap": softcap}
-    if impl == "auto":
+    if impl == "auto" and pages is None:
         impl = "pallas" if kernel_wins("tree_attention", k.dtype, k.shape[3], k.shape[2]) else "xla"
-    committed = flash_decode(rows, k, v, lengths, first=first, splits=splits, impl=impl, interpret=interpret, **options)
+    listed = {"pages": pages, "page_size": page_size, "heads": heads, "splits": splits}
+    committed = flash_decode(rows, k, v, lengths, first=first, impl=impl, interpret=interpret, **listed, **options)
     tree = _tree_part(rows, tree_k, tree_v, ancestors, **options)
     parts = jax.tree.map(lambda *parts: jnp.stack(parts), committed, tree)
     out = normalize(merge_partials(parts))
@@ -94,12 +104,13 @@ def _tree_part(rows, tree_k, tree_v, ancestors, *, scale, softcap) -> Partials:
     return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), part)
 
 
-def _check(q, k, v, tree_k, tree_v, lengths, ancestors, depth, window) -> None:
+def _check(q, k, v, tree_k, tree_v, lengths, ancestors, depth, window, read) -> None:
     """Raises ValueError on what `flash_decode` would not see, or would tell in other words."""
     for name, value in {"q": q, "k": k, "tree_k": tree_k}.items():
         if value.ndim != 4:
             raise ValueError(f"{name} has the shape {value.shape}; it must have four axes.")
-    (batch, num_new, num_heads, head_dim), heads, width = q.shape, k.shape[1], tree_k.shape[2]
+    (batch, num_new, num_heads, head_dim), width = q.shape, tree_k.shape[2]
+    heads = k.shape[1] if read is None else len(read)
     if num_heads % heads:
         raise ValueError(f"q has {num_heads} heads and k has {heads}; the second must divide the first.")
     if width > MOST_WIDTH:
@@ -110,7 +121,7 @@ def _check(q, k, v, tree_k, tree_v, lengths, ancestors, depth, window) -> None:
         raise ValueError(f"q has {num_new} rows and the tree {width}; the new rows must be among the tree's.")
     check_shape("lengths", lengths, (batch,), "B")
     check_integers("lengths", lengths)
-    check_shape("k", k, (batch, heads, k.shape[2], head_dim), "B, K, S, Dh")
+    check_shape("k", k, (batch, k.shape[1], k.shape[2], head_dim), "B, K, S, Dh")
     check_shape("tree_k", tree_k, (batch, heads, width, head_dim), "B, K, W, Dh")
     check_shape("tree_v", tree_v, tree_k.shape, "B, K, W, Dh")
     check_one_dtype(q=q, k=k, v=v, tree_k=tree_k, tree_v=tree_v)

@@ -83,6 +83,16 @@ def test_all_pages_are_all_slots(form):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), paged, whole)
 
 
+def test_lists_of_some_heads(form):
+    (q, k, v, lengths), options = operands("one row")
+    options |= {"pages": options["pages"][:, :1]}
+    for last in (0, 1):
+        part = flash_decode(q[:, last:][:, :1], k, v, lengths, heads=(last,), **options, **form)
+        heads = slice(last, last + 1)
+        alone = flash_decode(q[:, heads], k[:, heads], v[:, heads], lengths, **options)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), part, alone)
+
+
 def test_other_pages_are_not_read(form):
     """What stands in them may be NaN."""
     (q, k, v, lengths), options = operands("one row")
@@ -124,8 +134,13 @@ def integers(*shape, fill=0):
 BAD = {
     "pages without a size": ({"page_size": None}, "page_size is None and pages is given"),
     "a size without pages": ({"pages": None}, "page_size is 16 and pages is None"),
-    "no size": ({"page_size": 0}, "page_size is 0; it must be from 1 to the cache's 200 slots"),
-    "too large": ({"page_size": 201}, "page_size is 201"),
+    "no size": ({"page_size": 0}, "page_size is 0; it must be at least 1"),
+    "heads without pages": ({"page_size": None, "pages": None, "heads": (0, 1)}, "neither of them nor heads"),
+    "heads that are not there": (
+        {"heads": (0, 2)},
+        r"heads is \[0, 2\]; it must name one of the 2 heads of k for each",
+    ),
+    "too few heads": ({"heads": (1,)}, "for each of the 2 of q_rows"),
     "rank": ({"pages": integers(2, 2)}, r"pages has the shape \(2, 2\); it must be \[B, J, X\]"),
     "no page": ({"pages": integers(2, 2, 0)}, "X above 0"),
     "lists": ({"pages": integers(2, 3, 4)}, r"pages has 3 lists; there must be K \(2\)"),

@@ -72,6 +72,36 @@ def test_all_slots_in_any_order_are_the_whole_cache(form):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, whole)
 
 
+HEADS = (2, 0)  # of three
+
+
+def some_heads(seed: int = 0):
+    """Returns operands of three heads, and those of `HEADS` alone."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (normal(rng, "float32", 2, 3, size, 64) for size in (4, 150, 150))
+    slots = jnp.asarray(rng.permuted(np.tile(np.arange(150, dtype=np.int32), (2, 4, 1)), axis=2)[:, :, :20])
+    read = q[:, HEADS, :]
+    return (read, k, v, slots), (read, k[:, HEADS, :], v[:, HEADS, :], slots)
+
+
+def test_lists_of_some_heads(form):
+    args, alone = some_heads()
+    for options in ({}, form):
+        got = selected_attention(*args, heads=HEADS, **options)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, selected_attention(*alone))
+
+
+def test_rows_of_a_list_may_see_different_slots():
+    (q, k, v, slots), _ = some_heads()
+    visible = jnp.asarray(np.random.default_rng(1).random((2, 4, 2, 20)) < 0.5)
+    got = selected_attention(q, k, v, slots, visible=visible, heads=HEADS)
+    lists, seen = jnp.repeat(slots, 2, axis=1), visible.reshape(2, 8, 20)
+    expected = selected_attention(q, k, v, lists, visible=seen, heads=HEADS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
+    with pytest.raises(ValueError, match="no kernel for rows of one list that see different slots"):
+        selected_attention(q, k, v, slots, visible=visible, heads=HEADS, impl="pallas", interpret=True)
+
+
 def test_other_slots_are_not_read(form):
     """What stands in them may be NaN."""
     (q, k, v, slots), options = operands("one list")
@@ -113,13 +143,18 @@ def integers(*shape, fill=0):
 
 BAD = {
     "rank": ({"q_rows": jnp.zeros((2, 6, 64))}, "four axes"),
-    "heads": ({"q_rows": jnp.zeros((2, 3, 6, 64))}, r"k has the shape \(2, 2, 200, 64\).*must be \(2, 3, 200, 64\)"),
+    "heads of q": (
+        {"q_rows": jnp.zeros((2, 3, 6, 64))},
+        r"k has the shape \(2, 2, 200, 64\).*must be \(2, 3, 200, 64\)",
+    ),
     "lists": ({"slots": integers(2, 3, 4)}, r"slots has 3 lists; there must be K \(2\)"),
     "lists that rows cannot share": ({"slots": integers(2, 8, 4)}, "divides the 6 rows"),
     "no slot": ({"slots": integers(2, 2, 0)}, "X above 0"),
     "floats": ({"slots": jnp.zeros((2, 2, 4))}, "slots has the dtype float32; it must be int32"),
     "beyond": ({"slots": integers(2, 2, 4, fill=200)}, "slots holds 200; every number must be below the cache's 200"),
     "visible": ({"visible": jnp.ones((2, 1, 4), bool)}, r"visible has the shape \(2, 1, 4\).*must be \(2, 2, 4\)"),
+    "visible of rows": ({"visible": jnp.ones((2, 2, 5, 4), bool)}, r"visible has the shape .*must be \(2, 2, 6, 4\)"),
+    "heads": ({"heads": (0, 2)}, r"heads is \[0, 2\]; it must name one of the 2 heads of k"),
     "visible as numbers": ({"visible": integers(2, 2, 4)}, "visible has the dtype int32; it must be bool"),
     "splits": ({"splits": 0}, "splits is 0"),
     "mixed dtypes": ({"v": jnp.zeros((2, 2, 200, 64), jnp.bfloat16)}, "v bfloat16"),

@@ -4,6 +4,7 @@ Each prints one line of JSON, which comes back to the test. The same functions r
 device, for what the others are compared with.
 """
 
+import dataclasses
 import json
 import os
 import socket
@@ -222,6 +223,33 @@ def decoded(mesh: list[int] | None) -> dict[str, Any]:
         found[method] = [row[:length] for row, length in zip(out.tokens.tolist(), out.lengths.tolist(), strict=True)]
         if out.warm is not None:
             found["warm"] = decode_fn(params, prompts, warm=out.warm).stats.steps.tolist()
+    return found
+
+
+SPARSE = {
+    "tidal": {"budget": 5, "select": (0,)},
+    "lserve": {"budget": 12, "page": 4, "logical": 2, "gates": ((0.9, 0.1), (0.2, 0.8)), "sink": 1, "local": 4},
+    "streaming": {"sink": 2, "local": 4},
+    "core_infer": {"first": 0, "last": 1},
+}
+
+
+def decoded_sparsely(mesh: list[int] | None) -> dict[str, list[list[int]]]:
+    """Decodes a ragged batch with every sparse method, two layers deep, on a mesh or without one."""
+    from decoding import make_decode_fn
+
+    config = small_model().config
+    model = Decoder(dataclasses.replace(config, blocks=config.blocks * 2))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = jax.tree.map(lambda leaf: leaf * 12.0 if leaf.ndim == 2 else leaf, params)
+    params = params if mesh is None else place(params, make_mesh(MeshConfig(*mesh)))
+    prompts = [[(7 * row + place * place) % 61 for place in range(9 + 3 * row)] for row in range(4)]
+    found = {}
+    for method, options in {"greedy": {}, **SPARSE}.items():
+        out = make_decode_fn(model, method, max_new_tokens=10, **options)(
+            params, prompts, max_new_tokens=[10, 4, 7, 10]
+        )
+        found[method] = [row[:length] for row, length in zip(out.tokens.tolist(), out.lengths.tolist(), strict=True)]
     return found
 
 

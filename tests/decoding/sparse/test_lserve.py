@@ -282,6 +282,7 @@ def test_rows_of_a_tree_share_the_choice_of_its_root(deep):
         ({"streaming": 1.5}, "streaming must be a share of the heads, 0 to 1; got 1.5"),
         ({"gates": [[1.0, 0.5]]}, "gates must have one number per layer and key/value head: 5 layers of 2"),
         ({"local": 0}, "local 1 or more"),
+        ({"local": 64, "streaming": 0.25}, "streaming, local say how heads stream, and without gates none does"),
         ({"prompt_local": 0}, "prompt_local 1 or more"),
         ({"kv_bits": 3}, "kv_bits must be 4 or 8, or None"),
         ({"kv_bits": 8, "drafted": 2}, "leave out drafted, or kv_bits"),

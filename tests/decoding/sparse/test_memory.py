@@ -19,8 +19,8 @@ ATTENTION = AttentionConfig(HEADS, KV_HEADS, WIDTH)
 CONFIG = DecoderConfig("llama", 61, HEADS * WIDTH, (BlockConfig(ATTENTION, MLPConfig(8)),) * 2, 1 << 20)
 SLOTS = 4096, 8192
 SCORES = HEADS * (SLOTS[1] - SLOTS[0]) * 4  # bytes by which one layer's scores of all tokens grow
-SIZES = {"budget": 256, "page": 64, "logical": 16, "sink": 16, "local": 64}
-HALF = ((1.0, 0.0),) * 2
+SIZES = {"budget": 256, "page": 64, "logical": 16}
+HALF = {"gates": ((1.0, 0.0),) * 2, "sink": 16, "local": 64}
 
 
 def lserve(**options) -> Policy:
@@ -29,8 +29,8 @@ def lserve(**options) -> Policy:
 
 POLICIES = {
     "lserve": lserve(),
-    "lserve, grouped, half streaming": lserve(grouped=True, gates=HALF),
-    "lserve, 8 bits": lserve(kv_bits=8, gates=HALF),
+    "lserve, grouped, half streaming": lserve(grouped=True, **HALF),
+    "lserve, 8 bits": lserve(kv_bits=8, **HALF),
     "lserve, 4 bits": lserve(kv_bits=4),
     "streaming": Policy(streaming_attend(16, 64)),
 }

@@ -87,11 +87,11 @@ def test_the_number_of_clusters_is_found_from_the_texts():
     rng = np.random.default_rng(0)
     kinds = rng.random((6, 60)) < 0.3
     hot = (kinds[np.repeat(np.arange(6), 10)] ^ (rng.random((60, 60)) < 0.01)).astype(np.float32)
-    clusters = cluster_neurons([4], 4, [hot], [18], None, 0)
+    clusters = cluster_neurons([4], 4, [hot], [18], None, 0, {})
     assert len(clusters.centers) == 6
     assert all(len(set(clusters.labels[10 * kind : 10 * kind + 10])) == 1 for kind in range(6))
-    assert len(cluster_neurons([4], 4, [hot[:20]], [18], None, 0).centers) == 4, "two kinds, four clusters at least"
-    assert len(cluster_neurons([4], 4, [hot[:3]], [18], None, 0).centers) <= 3
+    assert len(cluster_neurons([4], 4, [hot[:20]], [18], None, 0, {}).centers) == 4, "two kinds, four clusters at least"
+    assert len(cluster_neurons([4], 4, [hot[:3]], [18], None, 0, {}).centers) <= 3
 
 
 def test_lists_are_those_of_most_texts_and_free_of_duplicates(three, deep):
@@ -149,6 +149,12 @@ def test_bad_input_is_refused(three, deep):
         neuron_clusters(*deep, TEXTS, num=0)
     with pytest.raises(InputError, match="prompt 0 is empty"):
         neuron_clusters(*deep, [[]])
-    for other in ({"beta": 0.5}, {"first": 2}):
-        with pytest.raises(InputError, match="clusters were made for another model, or with another beta"):
+    assert three.made_with == {"alpha": 0.8, "beta": 0.4, "choose": "core"}
+    for other, message in (
+        ({"beta": 0.5}, "clusters were made with beta 0.4, which must be the method's own: give alpha 0.8, beta 0.5, "),
+        ({"alpha": 0.4}, "with alpha 0.8, which"),
+        ({"choose": "absolute"}, "with choose core, which"),
+        ({"first": 2}, "clusters were made for another model, or with another first or last"),
+    ):
+        with pytest.raises(InputError, match=message):
             make_decode_fn(deep[0], "core_infer", **{**OPTIONS, **other}, clusters=three)

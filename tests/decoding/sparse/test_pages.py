@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding.sparse.pages import all_bounds, extended, page_bounds, page_slots, renewed
+from decoding.sparse.pages import all_bounds, extended, page_bounds, renewed
+from pallas_kernels.flash_decode import slots_of_pages
 from pallas_kernels.page_select import chosen_pages, page_scores
 
 
@@ -65,8 +66,7 @@ def test_chosen_pages_are_the_best_full_ones_and_the_newest():
             assert chosen[-1] == newest
             best = np.argsort(-np.asarray(scores)[row, head, :newest])[:3]
             assert sorted(chosen[:-1]) == sorted([*best, *[-1] * (3 - len(best))])
-    slots, visible = page_slots(jnp.asarray(pages[:1]), 4, jnp.array([25]))
+    slots = slots_of_pages(jnp.asarray(pages[0, :1]), jnp.array([25]), 4)
     expected = [slot for page in pages[0, 0] for slot in range(4 * page, 4 * page + 4)]
-    assert slots[0, 0, 0].tolist() == expected
-    assert visible[0, 0, 0].tolist() == [slot < 25 for slot in expected]
-    assert not page_slots(jnp.full((1, 1, 2), -1), 4, jnp.array([25]))[1].any()
+    assert slots[0].tolist() == [slot if slot < 25 else -1 for slot in expected]
+    assert set(slots_of_pages(jnp.full((1, 2), -1), jnp.array([25]), 4)[0].tolist()) == {-1}

@@ -71,7 +71,7 @@ def test_bfloat16_parameters(tiny, method, drafted):
     ("method", "options", "message"),
     [
         ("streaming", {"drafted": -1}, r"drafted must be 0 \(no drafts\) or more tokens, got -1"),
-        ("lserve", {"drafted": 64}, r"drafted must be below page \(64 tokens\), got 64"),
+        ("lserve", {"drafted": 64}, r"drafted must be below page \(64 tokens\) and 256, got 64"),
         ("tidal", {"drafted": 2, "correct_every": 8}, "leave out drafted, or correct_every"),
     ],
 )

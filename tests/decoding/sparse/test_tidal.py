@@ -233,11 +233,12 @@ def test_roles(deep):
     full, window, select, sparse = "full", "window", "select", "sparse"
     assert layer_roles(deep[0].config, None) == (full, full, select, window, sparse)
     assert layer_roles(deep[0].config, (1, 2)) == (full, select, select, window, sparse)
-    assert layer_roles(deep[0].config, (4,)) == (full,) * 4 + (select,)
     block = deep[0].config.blocks[0]
-    for num_layers, chosen in ((32, [2, 13]), (16, [2, 6]), (4, [2]), (2, [])):
+    for num_layers, chosen in ((32, [2, 13]), (16, [2, 6]), (4, [2]), (3, [1]), (2, [0])):
         config = dataclasses.replace(deep[0].config, blocks=(block,) * num_layers)
         assert [index for index, role in enumerate(layer_roles(config, None)) if role == select] == chosen
+    with pytest.raises(InputError, match="this model has 1 such layers: take method 'sample'"):
+        layer_roles(dataclasses.replace(deep[0].config, blocks=(block,)), None)
     other = dataclasses.replace(block, attention=dataclasses.replace(block.attention, num_heads=2))
     with pytest.raises(InputError, match="layers of different numbers of heads cannot share"):
         layer_roles(dataclasses.replace(deep[0].config, blocks=(block, block, block, other)), None)
@@ -250,6 +251,7 @@ def test_roles(deep):
         ({"select": [3]}, r"without a sliding window, of which this model has \[0, 1, 2, 4\]; got \[3\]"),
         ({"select": [2, 5]}, r"got \[2, 5\]"),
         ({"select": []}, r"got \[\]"),
+        ({"select": [4]}, r"behind the selection layers \[4\] no layer is left .* name earlier ones of \[0, 1, 2, 4\]"),
         ({"correct_every": 0}, "correct_every must be 1 to 512 steps, or a multiple of 512; got 0"),
         ({"correct_every": 600}, "got 600"),
     ],
