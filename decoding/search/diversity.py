@@ -46,8 +46,8 @@ def hamming(chosen: Chosen, vocab: int) -> jax.Array:
 
 
 def cumulative(chosen: Chosen, vocab: int, gamma: jax.Array) -> jax.Array:
-    """Returns f32[B, W, V]: the sum over earlier beams of exp(-m / gamma), m being the places at which the text with the
-    token would differ from theirs; `gamma` f32[B]. Beams that have long parted hold each other off no more.
+    """Returns f32[B, W, V]: the sum over earlier beams of exp(-m / gamma), where m counts the places at which the text
+    with the token would differ from theirs; `gamma` f32[B]. Beams that have long parted hold each other off no more.
 
     The paper adds up the differences of all pairs of beams in one exponent; here each pair has an exponent of its own,
     so that more beams do not make the term vanish.

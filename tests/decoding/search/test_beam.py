@@ -2,7 +2,6 @@
 
 import itertools
 
-import jax
 import numpy as np
 import pytest
 
@@ -11,7 +10,8 @@ from decoding import METHODS, make_decode_fn
 from decoding.search.beam import BEAM
 from decoding.search.beams import search_steps
 from models.errors import InputError
-from tests.support.decode_reference import PROMPTS, ROOM, forward, greedy_texts, small_law_model, texts
+from tests.support.decode_reference import PROMPTS, ROOM, greedy_texts, small_law_model, texts
+from tests.support.search_reference import check_scores, hypotheses, log_probs
 
 OPTIONS = {"width": 4, "num_return": 4, "return_scores": True}
 STOPS = (3, 17, 29, 40, 52)
@@ -22,33 +22,6 @@ PROMPT = [2, 0, 3]
 def stopping(tiny):
     """Beam search with stop tokens that many texts meet."""
     return make_decode_fn(tiny[0], "beam", max_new_tokens=ROOM, stop_tokens=STOPS, **OPTIONS)
-
-
-def log_probs(model, params, prompt, tokens) -> np.ndarray:
-    """Returns f64[T]: log p of each token behind the prompt and those before it, by one whole pass."""
-    row = np.array([[*prompt, *tokens]], np.int32)
-    padded = np.pad(row, ((0, 0), (0, 64 - row.shape[1])))
-    logits = np.asarray(forward(model, params, padded), np.float64)[0, len(prompt) - 1 : row.shape[1] - 1]
-    logits -= logits.max(axis=1, keepdims=True)
-    return (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))[np.arange(len(tokens)), tokens]
-
-
-def hypotheses(found, row: int) -> list[list[int]]:
-    """Returns the texts found for a row, after checking that only zeros lie behind them."""
-    tokens, lengths = np.asarray(found.tokens)[row], np.asarray(found.lengths)[row]
-    assert not tokens[np.arange(tokens.shape[1])[None, :] >= lengths[:, None]].any()
-    return [text[:length].tolist() for text, length in zip(tokens, lengths, strict=True)]
-
-
-def check_scores(model, params, found, penalty: float, prompts=PROMPTS) -> None:
-    for row, prompt in enumerate(prompts):
-        scores = np.asarray(found.scores)[row]
-        assert (np.diff(scores) <= 1e-6).all(), "best first"
-        for index, text in enumerate(hypotheses(found, row)):
-            wanted = log_probs(model, params, prompt, text)
-            np.testing.assert_allclose(found.token_log_probs[row, index, : len(text)], wanted, atol=1e-4)
-            np.testing.assert_allclose(found.log_probs[row, index], wanted.sum(), atol=1e-4)
-            np.testing.assert_allclose(scores[index], wanted.sum() / len(text) ** penalty, atol=1e-4)
 
 
 def test_a_beam_as_wide_as_all_texts_finds_the_likeliest_in_order(monkeypatch):
@@ -131,14 +104,20 @@ def test_length_penalties_vary_by_row_and_compile_nothing(tiny, stopping):
     assert texts(uniform) != texts(together)
 
 
-def test_a_long_prompt_is_read_once_and_a_full_cache_ends_a_row(tiny):
+def test_prompts_are_read_once_not_for_every_beam(tiny):
+    def flops(width: int) -> float:
+        fn = make_decode_fn(tiny[0], "beam", max_new_tokens=ROOM, width=width)
+        return decoding.decode._start.lower(fn.plan, tiny[1], *fn.inputs(PROMPTS)).cost_analysis()["flops"]
+
+    assert flops(8) < 1.1 * flops(1)
+
+
+def test_a_full_cache_ends_a_row(tiny):
     prompt = np.random.default_rng(5).integers(0, 61, 30).tolist()
     fn = make_decode_fn(tiny[0], "beam", max_new_tokens=ROOM, cache_slots=40, return_scores=True)
     output = fn(tiny[1], [prompt])
     assert int(output.lengths[0]) == 11
     check_scores(*tiny, output.found, 1.0, [prompt])
-    start = jax.make_jaxpr(lambda: fn.start(tiny[1], *fn.inputs([prompt])))()
-    assert "32,32" in str(start) and "4,32,32" not in str(start), "the prompt must be read once, not for each beam"
 
 
 @pytest.mark.parametrize(

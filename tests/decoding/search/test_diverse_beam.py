@@ -10,8 +10,8 @@ import pytest
 from decoding import make_decode_fn
 from decoding.search import diversity
 from models.errors import InputError
-from tests.decoding.search.test_beam import check_scores, hypotheses
 from tests.support.decode_reference import PROMPTS, ROOM, texts
+from tests.support.search_reference import check_scores, hypotheses
 
 STOPS = (3, 17, 29)
 

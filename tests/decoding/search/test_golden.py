@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from models.weights.load import load_model
-from tests.support.search_golden import compared, cases_of
+from tests.support.search_golden import cases_of, compared
 from tests.support.tiny_models import CONFIGS, write_checkpoint
 
 FOLDER = Path(__file__).parents[2] / "golden"
