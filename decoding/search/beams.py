@@ -30,6 +30,7 @@ from decoding.arguments import Setting
 from decoding.method import Call, Policy, Steps
 from decoding.prefill import Prompts
 from decoding.sampling import top_tokens
+from decoding.search.constraints import Constraints
 from decoding.search.diversity import Chosen
 from decoding.state import DecodeState, Hypotheses
 from models.cache import KVCache, commit, gather_rows, repeat_rows
@@ -51,6 +52,7 @@ class Search:
             score than the worst of them, as long as it is now; "never": when none can have, at any length up to the
             limit.
         return_scores: whether the log-probability of every token is returned too.
+        constraints: what holds for all texts.
     """
 
     width: int = 4
@@ -58,6 +60,7 @@ class Search:
     num_return: int = 1
     early_stopping: bool | Literal["never"] = False
     return_scores: bool = False
+    constraints: Constraints = Constraints()
 
     def __post_init__(self) -> None:
         if self.width < 1:
@@ -109,6 +112,7 @@ class SearchCarry:
         places: i32[B], new tokens of each running text.
         own: the rows' settings.
         memory: what the diversity term has made ready.
+        prompts: the batch, where constraints look at it; else None.
     """
 
     groups: Group
@@ -116,11 +120,15 @@ class SearchCarry:
     places: jax.Array
     own: dict[str, jax.Array]
     memory: Any
+    prompts: Prompts | None
 
 
-def check_width(model: Decoder, search: Search) -> None:
-    """Raises InputError where a group is wider than the vocabulary: its first step has no more candidates."""
+def check_search(model: Decoder, search: Search) -> None:
+    """Raises InputError where a group is wider than the vocabulary, as its first step has no more candidates, or where
+    constraints name other tokens.
+    """
     vocab = model.config.vocab_size
+    search.constraints.check(vocab)
     if search.width // search.groups > vocab:
         raise InputError(
             f"width must be at most {vocab * search.groups}, as many beams per group as the vocabulary has tokens; got "
@@ -151,13 +159,16 @@ def search_steps(
         last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)
         last = jnp.broadcast_to(last[:, :, None], (len(call.limit), search.groups, beams // search.groups))
         groups = _first_groups(search, last.shape, cache.num_slots, call.limit <= 0)
-        return SearchCarry(groups, last, jnp.zeros_like(call.limit), call.own, prepare(params))
+        kept = prompts if search.constraints.any else None
+        return SearchCarry(groups, last, jnp.zeros_like(call.limit), call.own, prepare(params), kept)
 
     def step(params: Any, state: DecodeState) -> DecodeState:
         carry, active = state.carry, (~state.done).astype(jnp.int32)
         out = model.apply({"params": params}, carry.last.reshape(-1, 1), cache=state.cache)
         cache = commit(out.cache, None, jnp.repeat(active, beams))
         law = jax.nn.log_softmax(out.logits[:, 0].astype(jnp.float32), axis=-1).reshape(*carry.last.shape, -1)
+        if carry.prompts is not None:
+            law = _constrained(search.constraints, law, carry)
         groups, parent = extend_groups(search, stop_tokens, carry, state.limit, law, diversity)
         newest = jnp.take_along_axis(groups.running.tokens, carry.places[:, None, None, None], axis=3)[..., 0]
         last = jnp.where(groups.done[..., None], carry.last, newest)
@@ -306,6 +317,12 @@ def ranked(carry: SearchCarry, count: int, room: int) -> Hypotheses:
         log_probs=jnp.where(there, best.log_probs, -jnp.inf),
         token_log_probs=None if single is None else jnp.where(there[..., None], single[..., :room], 0.0),
     )
+
+
+def _constrained(constraints: Constraints, law: jax.Array, carry: SearchCarry) -> jax.Array:
+    """Returns f32[B, G, W, V], the law without what constraints take out of it."""
+    flat, texts = (x.reshape(len(x), -1, x.shape[3]) for x in (law, carry.groups.running.tokens))
+    return constraints.apply(flat, carry.prompts, texts, carry.places).reshape(law.shape)
 
 
 def _first_groups(search: Search, shape: tuple[int, ...], room: int, done: jax.Array) -> Group:

@@ -26,6 +26,7 @@ from decoding.arguments import Setting
 from decoding.method import Call, Method, Policy, Steps
 from decoding.prefill import Observer, Prompts
 from decoding.sampling import top_tokens
+from decoding.search.constraints import constraints_of
 from decoding.state import DecodeState, emit
 from models.attention import TreeRows, tree_attend
 from models.cache import KVCache, commit
@@ -39,13 +40,16 @@ SETTINGS = {"alpha": Setting(0.6, np.float32, "in [0, 1]", lambda x: (x >= 0) & 
 @dataclasses.dataclass(frozen=True)
 class ContrastiveOptions:
     """The number of candidates k, and whether they are read one after another; the setting `alpha`, 0 to 1, weighs the
-    likeness (0 is greedy).
+    likeness (0 is greedy). For the other two see `decoding.search.constraints`.
     """
 
     k: int = 5
     sequential: bool = False
+    no_repeat_ngram: int = 0
+    starts: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "starts", constraints_of(self).starts)
         if self.k < 1:
             raise InputError(f"k must be at least 1 candidate, got {self.k}")
 
@@ -59,12 +63,14 @@ class ContrastiveCarry:
         tokens: i32[B, k], the candidates for the next token, most probable first.
         chances: f32[B, k], their probabilities.
         alpha: f32[B].
+        prompts: the batch, where constraints look at it; else None.
     """
 
     units: jax.Array
     tokens: jax.Array
     chances: jax.Array
     alpha: jax.Array
+    prompts: Prompts | None
 
 
 def hidden_observer(width: int) -> Observer:
@@ -98,18 +104,27 @@ def make_contrastive(model: Decoder, options: ContrastiveOptions, stop_tokens: t
     """Contrastive search; raises InputError where there are more candidates than tokens."""
     if options.k > model.config.vocab_size:
         raise InputError(f"k must be at most the vocabulary's {model.config.vocab_size} tokens, got {options.k}")
+    constraints = constraints_of(options)
+    constraints.check(model.config.vocab_size)
 
-    def candidates(params: Any, states: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def candidates(
+        params: Any, states: jax.Array, prompts: Prompts | None, text: jax.Array, lengths: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         logits = model.apply({"params": params}, states, method="unembed").astype(jnp.float32)
+        if prompts is not None:
+            logits = constraints.apply(logits[:, None], prompts, text[:, None], lengths)[:, 0]
         tokens = top_tokens(logits, options.k)
         return tokens, jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), tokens, axis=1)
 
     def init(params: Any, prompts: Prompts, cache: KVCache, call: Call) -> ContrastiveCarry:
         states = prompts.seen[0]
         last = jnp.take_along_axis(states, prompts.lengths[:, None, None] - 1, axis=1)[:, 0]
-        tokens, chances = candidates(params, last.astype(params["embedding"]["embedding"].dtype))
+        last = last.astype(params["embedding"]["embedding"].dtype)
+        kept = prompts.replace(seen=None) if constraints.any else None
+        nothing = jnp.zeros((len(call.limit), 1), jnp.int32), jnp.zeros_like(call.limit)
+        tokens, chances = candidates(params, last, kept, *nothing)
         units = jnp.pad(_units(model, params, states), ((0, 0), (0, cache.num_slots - states.shape[1]), (0, 0)))
-        return ContrastiveCarry(units, tokens, chances, call.own["alpha"])
+        return ContrastiveCarry(units, tokens, chances, call.own["alpha"], kept)
 
     def step(params: Any, state: DecodeState) -> DecodeState:
         carry, length = state.carry, state.cache.length
@@ -123,12 +138,11 @@ def make_contrastive(model: Decoder, options: ContrastiveOptions, stop_tokens: t
         kept = carry.units.at[jnp.arange(len(length)), length].set(unit, mode="drop")
         active = (~state.done).astype(jnp.int32)
         cache = commit(cache, best, active)
-        tokens, chances = candidates(params, chosen)
-        carry = carry.replace(units=kept, tokens=tokens, chances=chances)
         passes = active * (options.k - 1 if options.sequential else 0)
         stats = state.stats.replace(target_calls=state.stats.target_calls + passes)
-        state = state.replace(cache=cache, carry=carry, stats=stats)
-        return emit(state, token, jnp.ones_like(length), stop_tokens)
+        state = emit(state.replace(cache=cache, stats=stats), token, jnp.ones_like(length), stop_tokens)
+        tokens, chances = candidates(params, chosen, carry.prompts, state.tokens, state.lengths)
+        return state.replace(carry=carry.replace(units=kept, tokens=tokens, chances=chances))
 
     policy = Policy(tree_attend, keep=lambda cache: commit(cache, None, jnp.ones_like(cache.length)))
     return Steps(init, step, policy, options.k + 1, observer=hidden_observer(model.config.width))

@@ -23,7 +23,8 @@ import numpy as np
 from decoding.arguments import Setting
 from decoding.method import Method, Steps
 from decoding.search import diversity
-from decoding.search.beams import LENGTH_PENALTY, Search, check_width, search_steps
+from decoding.search.beams import LENGTH_PENALTY, Search, check_search, search_steps
+from decoding.search.constraints import constraints_of
 from models.decoder import Decoder
 from models.errors import InputError
 
@@ -48,6 +49,8 @@ class DiverseBeamOptions:
         num_return: texts that are returned per row.
         early_stopping: when a group with as many finished texts as beams ends.
         return_scores: whether the log-probability of every token is returned too.
+        no_repeat_ngram: see `decoding.search.constraints` for this and the next.
+        starts: lists of token ids.
     """
 
     width: int = 4
@@ -57,9 +60,11 @@ class DiverseBeamOptions:
     num_return: int = 1
     early_stopping: bool | Literal["never"] = False
     return_scores: bool = False
+    no_repeat_ngram: int = 0
+    starts: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        self.search()
+        object.__setattr__(self, "starts", self.search().constraints.starts)
         if self.term not in TERMS:
             raise InputError(f"term must be one of {', '.join(TERMS)}, got {self.term!r}")
         if self.n < 1:
@@ -67,12 +72,13 @@ class DiverseBeamOptions:
 
     def search(self) -> Search:
         """Returns them as those of a search; raises InputError where they cannot be."""
-        return Search(self.width, self.groups, self.num_return, self.early_stopping, self.return_scores)
+        constraints = constraints_of(self)
+        return Search(self.width, self.groups, self.num_return, self.early_stopping, self.return_scores, constraints)
 
 
 def make_diverse_beam(model: Decoder, options: DiverseBeamOptions, stop_tokens: tuple[int, ...]) -> Steps:
     """Diverse beam search; raises InputError where a group has more beams than there are tokens."""
-    check_width(model, options.search())
+    check_search(model, options.search())
     vocab = model.config.vocab_size
     terms = {
         "hamming": lambda chosen, own, memory: diversity.hamming(chosen, vocab),
