@@ -5,10 +5,10 @@ measures attention on a long text (`experiments.bench_text`), with `type: core_i
 (`experiments.bench_core_infer`).
 
 Our jitted greedy decoding (with `beams` above 1: beam search) and, where torch and transformers can be imported,
-Hugging Face generate, on the same weights, dtype, prompts and token counts, in alternation in one run. Times of a run are
-medians over its repeats; every repeat decodes all prompts, and both sides count the same new tokens. A decode step's
-bandwidth is the bytes of the parameters it reads over the time it takes, and its share is taken of the read bandwidth
-measured here, between the repeats of the same run.
+Hugging Face generate, on the same weights, dtype, prompts and token counts, in alternation in one run. Times of a run
+are medians over its repeats; every repeat decodes all prompts, and both sides count the same new tokens. A decode
+step's bandwidth is the bytes of the parameters it reads over the time it takes, and its share is taken of the read
+bandwidth measured here, between the repeats of the same run.
 
 The last line printed is one JSON object. Keys that need transformers are null without it.
 """

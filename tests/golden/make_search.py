@@ -1,9 +1,9 @@
 """Writes search.json: texts of beam search, diverse beam search and contrastive search by transformers, in float32.
 
 transformers 4.55.4 is the last release with group beam search and contrastive search inside the package, so this needs
-an environment of its own: `pip install transformers==4.55.4 torch==2.13.0 gguf` (which brings tokenizers 0.21 and a
-huggingface-hub below 1), then `python -m tests.golden.make_search SMOLLM2.gguf` with the default model's file. The tiny
-model is `llama` of `tests.support.tiny_models`; every prompt runs alone.
+an environment of its own: `pip install transformers==4.55.4 torch==2.13.0 gguf accelerate` (which brings tokenizers
+0.21 and a huggingface-hub below 1), then `python -m tests.golden.make_search SMOLLM2.gguf` with the default model's
+file. The tiny model is `llama` of `tests.support.tiny_models`; every prompt runs alone.
 """
 
 import json

@@ -87,7 +87,7 @@ def test_only_the_chosen_candidates_stay_in_the_cache(tiny, contrastive):
     whole_rows = Prompts(padded([[*row, 0] for row in rows]), lengths + 1)
     cache = jax.jit(functools.partial(prefill, model, num_slots=64))(params, prompts=whole_rows)
     states = np.asarray(whole(model, params, padded(rows))[1])
-    states /= np.linalg.norm(states, axis=-1, keepdims=True)
+    states = states / np.linalg.norm(states, axis=-1, keepdims=True)
     for row, length in enumerate(lengths):
         for ours, fresh in zip(
             jax.tree.leaves((state.cache.k, state.cache.v)), jax.tree.leaves((cache.k, cache.v)), strict=True
