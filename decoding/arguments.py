@@ -44,11 +44,15 @@ def read_sampling(given: Mapping[str, Any], batch: int, method: str, temperature
             raise InputError(f"method {method!r} takes no {name}: use method='sample'")
     if temperature is not None:
         given = {"temperature": temperature, **given}
-    return Sampling(**{name: _read_setting(name, given, batch) for name in SETTINGS})
+    return Sampling(**read_settings(SETTINGS, given, batch))
 
 
-def _read_setting(name: str, given: Mapping[str, Any], batch: int) -> np.ndarray:
-    setting = SETTINGS[name]
+def read_settings(table: Mapping[str, Setting], given: Mapping[str, Any], batch: int) -> dict[str, np.ndarray]:
+    """Returns one number per row for each setting of a table, [B]; the defaults for those not given."""
+    return {name: _read_setting(name, setting, given, batch) for name, setting in table.items()}
+
+
+def _read_setting(name: str, setting: Setting, given: Mapping[str, Any], batch: int) -> np.ndarray:
     values = per_row(name, given.get(name, setting.default), batch, setting.dtype)
     if setting.dtype is np.int32:
         values = np.clip(values, np.iinfo(np.int32).min, np.iinfo(np.int32).max)

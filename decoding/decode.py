@@ -8,7 +8,7 @@ Axis letters: B batch, N room for new tokens, S cache slots.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +17,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from decoding import autoregressive
-from decoding.arguments import read_keys, read_limit, read_sampling, whole_number
+from decoding.arguments import read_keys, read_limit, read_sampling, read_settings, whole_number
 from decoding.entropy_adaptive import ENTROPY_ADAPTIVE
 from decoding.method import Call, Method, Steps, WithDraft, target_params, with_kernels
 from decoding.prefill import Prompts, observed_prefill, pad_prompts
+from decoding.search.beam import BEAM
+from decoding.search.contrastive import CONTRASTIVE
+from decoding.search.diverse_beam import DIVERSE_BEAM
 from decoding.sparse.core_infer import CORE_INFER
 from decoding.sparse.lserve import LSERVE
 from decoding.sparse.streaming import STREAMING
@@ -43,7 +46,10 @@ METHODS: dict[str, Method] = {
     "greedy": autoregressive.GREEDY,
     "sample": autoregressive.SAMPLE,
     "aded": ADED,
+    "beam": BEAM,
+    "contrastive": CONTRASTIVE,
     "core_infer": CORE_INFER,
+    "diverse_beam": DIVERSE_BEAM,
     "dyspec": DYSPEC,
     "entropy_adaptive": ENTROPY_ADAPTIVE,
     "lserve": LSERVE,
@@ -88,12 +94,16 @@ def start(plan: Plan, params: Any, prompts: Prompts, call: Call, cache: KVCache 
         prompts: the batch.
         call: what the user has set.
         cache: one of the plan's size that holds the prompts but for their last tokens (`decoding.prefill`). None: they
-            are read here, as the method reads them; and so they are where it looks on (`decoding.method.Tailor`).
+            are read here, as the method reads them; and so they are where it looks on (`Steps.looks_on`).
     """
     steps, target, seen = plan.steps(), target_params(params), None
-    if cache is None or steps.tailor is not None:
-        slots, observer = plan.num_slots(prompts.tokens.shape[1]), steps.tailor and steps.tailor.observer
+    if cache is None or steps.looks_on:
+        slots, observer = (
+            plan.num_slots(prompts.tokens.shape[1]),
+            steps.observer or (steps.tailor and steps.tailor.observer),
+        )
         cache, seen = observed_prefill(plan.model, target, prompts, slots, steps.policy.read, observer)
+        prompts = prompts.replace(seen=seen)
     last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
     carry = steps.init(params, prompts, cache, call)
     state = init_state(steps.policy.keep(cache), last, call.limit, plan.room, steps.most, carry)
@@ -126,7 +136,8 @@ def decode(plan: Plan, params: Any, prompts: Prompts, call: Call) -> DecodeOutpu
 
 def output(plan: Plan, state: DecodeState) -> DecodeOutput:
     """Returns what a state says so far."""
-    return DecodeOutput(state.tokens, state.lengths, state.stats, plan.steps().warm(state.carry))
+    steps = plan.steps()
+    return DecodeOutput(state.tokens, state.lengths, state.stats, steps.warm(state.carry), steps.found(state))
 
 
 def _spread(prompts: Prompts, call: Call, mesh: Mesh | None) -> tuple[Prompts, Call]:
@@ -150,9 +161,9 @@ class DecodeFn:
     donated.
     """
 
-    def __init__(self, plan: Plan):
-        """Wraps a plan; users call `make_decode_fn`."""
-        self.plan = plan
+    def __init__(self, plan: Plan, settings: Mapping[str, Any] | None = None):
+        """Wraps a plan and what calls set the method's own settings to where they do not; see `make_decode_fn`."""
+        self.plan, self.settings = plan, dict(settings or {})
         self._advances: dict[Any, Callable] = {}  # compiled, by the shapes of params and state
 
     def __call__(
@@ -182,7 +193,7 @@ class DecodeFn:
             draft_prompts: B lists of token ids that a draft model reads in place of the prompts (a shortened context);
                 None: the prompts. The text itself depends on them only where a method is lossy.
             **sampling: temperature, top_k, top_p, min_p, repetition_penalty (`decoding.sampling.Sampling`), a number
-                for all rows or one per row; only for methods that sample.
+                for all rows or one per row, for methods that sample; and the method's own settings, likewise.
 
         Returns:
             `DecodeOutput` with i32[B, N] tokens, i32[B] lengths and counts.
@@ -251,9 +262,11 @@ class DecodeFn:
         # The newest token never enters the cache, so one more token fits than there are slots left.
         free = capacity - padded.lengths + 1
         method = self.plan.method
+        own = {name: sampling.pop(name) for name in METHODS[method].settings if name in sampling}
+        own = read_settings(METHODS[method].settings, {**self.settings, **own}, batch)
         settings = read_sampling(sampling, batch, method, METHODS[method].temperature)
         read = self._draft_prompts(draft_prompts, batch)
-        return padded, Call(np.minimum(limit, free), read_keys(rng, batch), settings, self._warm(warm), read)
+        return padded, Call(np.minimum(limit, free), read_keys(rng, batch), settings, self._warm(warm), read, own)
 
     def _check_params(self, params: Any) -> None:
         drafts = METHODS[self.plan.method].drafts
@@ -333,7 +346,7 @@ def make_decode_fn(
         stop_tokens: ids that end a row (`tokenizer.stop_ids`).
         cache_slots: tokens that the cache holds per row, prompt included; a row ends when it is full, as it does at the
             end of the model's context. None: as many as the prompt's bucket and `max_new_tokens` need.
-        **options: the method's own static options.
+        **options: the method's own static options, and its own settings for calls that do not give them.
 
     Raises:
         InputError: an unknown method or option, or a size below one.
@@ -349,9 +362,11 @@ def make_decode_fn(
     if not isinstance(stop_tokens, Sequence):
         raise InputError(f"stop_tokens must be a list of token ids, got {stop_tokens!r}")
     stops = tuple(sorted({whole_number("an id in stop_tokens", token) for token in stop_tokens}))
+    settings = {name: options.pop(name) for name in METHODS[method].settings if name in options}
+    read_settings(METHODS[method].settings, settings, 1)
     plan = Plan(model, method, _read_options(method, options), max_new_tokens, stops, cache_slots)
     plan.steps()  # refuses options that do not fit the model
-    return DecodeFn(plan)
+    return DecodeFn(plan, settings)
 
 
 def _read_options(method: str, options: dict[str, Any]) -> Any:
@@ -359,7 +374,7 @@ def _read_options(method: str, options: dict[str, Any]) -> Any:
     known = [field.name for field in dataclasses.fields(METHODS[method].options)]
     for name in options:
         if name not in known:
-            raise unknown_name(f"option of method {method!r}", name, known)
+            raise unknown_name(f"option of method {method!r}", name, [*known, *METHODS[method].settings])
     try:
         return METHODS[method].options(**options)
     except TypeError as error:

@@ -1,14 +1,16 @@
 """What a decoding method is to the loop: how to start, and one step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import struct
 
+from decoding.arguments import Setting
 from decoding.prefill import Observer, Prompts
 from decoding.sampling import Sampling
-from decoding.state import DecodeState
+from decoding.state import DecodeState, Hypotheses
 from models.attention import Attend, dense_attend
 from models.cache import KVCache
 from models.decoder import Decoder
@@ -24,6 +26,7 @@ class Call:
         sampling: the rows' sampling settings.
         warm: what the method starts from (`Steps.cold`, or an earlier output's `warm`), or None.
         draft_prompts: what a draft model reads in place of the prompts, or None.
+        own: the rows' values of the method's own settings (`Method.settings`), [B] each.
     """
 
     limit: jax.Array
@@ -31,6 +34,7 @@ class Call:
     sampling: Sampling
     warm: Any = None
     draft_prompts: Prompts | None = None
+    own: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
 @struct.dataclass
@@ -98,6 +102,8 @@ class Steps(NamedTuple):
         cold: () -> what stays warm between calls, as it is at first; None where nothing stays.
         warm: carry -> what stays warm between calls.
         tailor: how it fits the target's weights to the prompts; None: `step` gets the parameters of the call.
+        observer: what it wants to see of the prompts while they are read; `init` finds that in `Prompts.seen`.
+        found: state -> the texts that a search has found so far; None where a row has but one text.
     """
 
     init: Callable[[Any, Prompts, KVCache, Call], Any]
@@ -108,6 +114,13 @@ class Steps(NamedTuple):
     cold: Callable[[], Any] = lambda: None
     warm: Callable[[Any], Any] = lambda carry: None
     tailor: Tailor | None = None
+    observer: Observer | None = None
+    found: Callable[[DecodeState], Hypotheses | None] = lambda state: None
+
+    @property
+    def looks_on(self) -> bool:
+        """Whether prompts must be read by the method itself, which wants to see something of them."""
+        return self.tailor is not None or self.observer is not None
 
 
 class Method(NamedTuple):
@@ -122,6 +135,8 @@ class Method(NamedTuple):
         drafts: whether it drafts with a second model: `options.draft` is then that model, `params` a `WithDraft`.
         head: whether that model may come with an acceptance head.
         shared: whether the rows of a batch share a choice, so that a row's text depends on who shares its batch.
+        settings: what users set beside `options` without compiling anew: a number for all rows or one per row, given
+            to `make_decode_fn` or to a call.
     """
 
     label: Literal["exact", "distribution", "lossy"]
@@ -131,3 +146,4 @@ class Method(NamedTuple):
     drafts: bool = False
     head: bool = False
     shared: bool = False
+    settings: Mapping[str, Setting] = MappingProxyType({})

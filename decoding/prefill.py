@@ -8,7 +8,7 @@ Axis letters: B batch, P bucket length, S cache slots.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,23 +26,29 @@ SMALLEST_BUCKET = 16
 
 @struct.dataclass
 class Prompts:
-    """A padded batch: tokens i32[B, P] (0 from `lengths` on) and lengths i32[B], 1 to P."""
+    """A padded batch: tokens i32[B, P] (0 from `lengths` on) and lengths i32[B], 1 to P; and what the method's
+    `Observer` has seen of them.
+    """
 
     tokens: jax.Array
     lengths: jax.Array
+    seen: Any = None
 
 
 class Observer(NamedTuple):
-    """What to note of the activations inside the MLPs while prompts are read; pure functions.
+    """What to note of the activations while prompts are read; pure functions.
 
     Attributes:
-        first: () -> what has been seen before the first token.
-        add: (seen, inner, real) -> what has been seen after T more tokens per row. `inner` has, for each layer, the
-            [B, T, F] that enter its down projection; `real`, bool[B, T], tells tokens of the prompts from padding.
+        first: prompts -> what has been seen before the first token.
+        add: (seen, acts, real) -> what has been seen after T more tokens per row. `real`, bool[B, T], tells tokens of
+            the prompts from padding.
+        of: what `acts` are. `inner`: for each layer the [B, T, F] that enter its MLP's down projection; `hidden`: the
+            [B, T, D] behind the last block.
     """
 
-    first: Callable[[], Any]
-    add: Callable[[Any, Sequence[jax.Array], jax.Array], Any]
+    first: Callable[[Prompts], Any]
+    add: Callable[[Any, Any, jax.Array], Any]
+    of: Literal["inner", "hidden"] = "inner"
 
 
 def bucket_length(length: int) -> int:
@@ -118,11 +124,12 @@ def observed_prefill(
         cache = read_tokens(model, params, prompts.tokens, cache, prompts.lengths.max() - 1, attend)
         return commit(cache, None, prompts.lengths - 1), None
 
-    def add(seen, inner, start):
-        places = start + jnp.arange(inner[0].shape[1])
-        return observer.add(seen, inner, places[None, :] < prompts.lengths[:, None])
+    def add(seen, acts, start, width):
+        places = start + jnp.arange(width)
+        return observer.add(seen, acts, places[None, :] < prompts.lengths[:, None])
 
-    cache, seen = _read(model, params, prompts.tokens, cache, prompts.lengths.max(), attend, observer.first(), add)
+    seen = observer.first(prompts)
+    cache, seen = _read(model, params, prompts.tokens, cache, prompts.lengths.max(), attend, seen, add, observer.of)
     return commit(cache, None, prompts.lengths - 1), seen
 
 
@@ -155,12 +162,13 @@ def _read(
     longest: jax.Array | int,
     attend: Attend,
     seen: Any = None,
-    add: Callable[[Any, Sequence[jax.Array], jax.Array | int], Any] | None = None,
+    add: Callable[[Any, Any, jax.Array | int, int], Any] | None = None,
+    of: str | None = None,
 ) -> tuple[KVCache, Any]:
-    """Does what `read_tokens` says, and lets `add(seen, inner, place of the first token)` see what is read."""
+    """Does what `read_tokens` says, and lets `add(seen, acts, place of the first token, T)` see `of` what is read."""
     if tokens.shape[1] <= CHUNK:
-        cache, inner = _fill(model, params, tokens, cache, attend, add is not None)
-        return cache, seen if add is None else add(seen, inner, 0)
+        cache, acts = _fill(model, params, tokens, cache, attend, of)
+        return cache, seen if add is None else add(seen, acts, 0, tokens.shape[1])
     num_chunks = (longest + CHUNK - 1) // CHUNK
     length = cache.length
 
@@ -168,28 +176,29 @@ def _read(
         cache, seen = carry
         chunk = jax.lax.dynamic_slice_in_dim(tokens, index * CHUNK, CHUNK, axis=1)
         before = cache.replace(length=length + index * CHUNK)
-        cache, inner = _fill(model, params, chunk, before, attend, add is not None)
-        return cache, seen if add is None else add(seen, inner, index * CHUNK)
+        cache, acts = _fill(model, params, chunk, before, attend, of)
+        return cache, seen if add is None else add(seen, acts, index * CHUNK, CHUNK)
 
     cache, seen = jax.lax.fori_loop(0, num_chunks, fill_chunk, (cache, seen))
     return cache.replace(length=length), seen
 
 
 def _fill(
-    model: Decoder, params: Any, tokens: jax.Array, cache: KVCache, attend: Attend, inner: bool
-) -> tuple[KVCache, tuple[jax.Array, ...]]:
+    model: Decoder, params: Any, tokens: jax.Array, cache: KVCache, attend: Attend, of: str | None
+) -> tuple[KVCache, Any]:
     """Runs the blocks on tokens i32[B, T].
 
     Returns:
-        The cache with their keys and values written, and where `inner` says so what entered each down projection.
+        The cache with their keys and values written, and what an observer sees `of` them; None where there is none.
     """
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1])[None, :]
 
     def blocks(module, tokens):
-        return module.layers(module.embed(tokens, positions), positions, cache, attend)[2]
+        x, _, cache_, _ = module.layers(module.embed(tokens, positions), positions, cache, attend)
+        return cache_, x if of == "hidden" else None
 
-    if not inner:
-        return model.apply({"params": params}, tokens, method=blocks), ()
-    cache, sown = model.apply({"params": params}, tokens, method=blocks, mutable=["intermediates"])
+    if of != "inner":
+        return model.apply({"params": params}, tokens, method=blocks)
+    (cache, _), sown = model.apply({"params": params}, tokens, method=blocks, mutable=["intermediates"])
     layers = [sown["intermediates"][f"layers_{index}"] for index in range(model.config.num_layers)]
     return cache, tuple(layer["mlp"]["inner"][0] for layer in layers)

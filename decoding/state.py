@@ -40,6 +40,25 @@ class DecodeStats:
 
 
 @struct.dataclass
+class Hypotheses:
+    """The texts that a search has found for each row, best first; n of them.
+
+    Attributes:
+        tokens: i32[B, n, N], new tokens; 0 from `lengths` on.
+        lengths: i32[B, n], stop token included; 0 where there is no such text.
+        scores: f32[B, n], what they are ranked by: `log_probs` over length ** length_penalty; -inf where there is none.
+        log_probs: f32[B, n], log-probabilities of the texts behind the prompt.
+        token_log_probs: f32[B, n, N], those of the single tokens, 0 from `lengths` on; None where not asked for.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    scores: jax.Array
+    log_probs: jax.Array
+    token_log_probs: jax.Array | None = None
+
+
+@struct.dataclass
 class DecodeOutput:
     """What a decode function returns.
 
@@ -48,12 +67,14 @@ class DecodeOutput:
         lengths: i32[B], new tokens per row, stop token included.
         stats: counts per row.
         warm: what the method learned and may start from in the next call (`decode_fn(..., warm=output.warm)`), or None.
+        found: all texts of a method that searches, the first of which is `tokens`; or None.
     """
 
     tokens: jax.Array
     lengths: jax.Array
     stats: DecodeStats
     warm: Any = None
+    found: Hypotheses | None = None
 
 
 @struct.dataclass

@@ -4,11 +4,11 @@ With `type: train` it times training in place of decoding (`experiments.bench_tr
 measures attention on a long text (`experiments.bench_text`), with `type: core_infer` what fewer neurons save and cost
 (`experiments.bench_core_infer`).
 
-Our jitted greedy decoding and, where torch and transformers can be imported, Hugging Face generate, on the same
-weights, dtype, prompts and token counts, in alternation in one run. Times of a run are medians over its repeats; every
-repeat decodes all prompts, and both sides count the same new tokens. A decode step's bandwidth is the bytes of the
-parameters it reads over the time it takes, and its share is taken of the read bandwidth measured here, between the
-repeats of the same run.
+Our jitted greedy decoding (with `beams` above 1: beam search) and, where torch and transformers can be imported,
+Hugging Face generate, on the same weights, dtype, prompts and token counts, in alternation in one run. Times of a run
+are medians over its repeats; every repeat decodes all prompts, and both sides count the same new tokens. A decode
+step's bandwidth is the bytes of the parameters it reads over the time it takes, and its share is taken of the read
+bandwidth measured here, between the repeats of the same run.
 
 The last line printed is one JSON object. Keys that need transformers are null without it.
 """
@@ -38,12 +38,15 @@ class BenchConfig:
     model: str = "smollm2-135m-instruct"  # a registry name, a .gguf file, or a model folder
     prompts: tuple[str, ...] = ("Why is the sky blue?",)  # decoded one by one
     max_new_tokens: int = 64  # every prompt gets exactly this many
+    beams: int = 1  # above 1: beam search of this width on both sides, in place of greedy decoding
     repeats: int = 5  # timed repeats, after one that is not counted
     bandwidth_bytes: int = 1 << 30  # size of the array whose reading gives the memory bandwidth
 
     def __post_init__(self) -> None:
-        if self.repeats < 1 or self.max_new_tokens < 2 or not self.prompts:
-            raise ValueError("repeats must be at least 1, max_new_tokens at least 2, and there must be a prompt")
+        if min(self.repeats, self.beams) < 1 or self.max_new_tokens < 2 or not self.prompts:
+            raise ValueError(
+                "repeats and beams must be at least 1, max_new_tokens at least 2, and there must be a prompt"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +80,14 @@ class Bandwidth:
 
 
 class Ours:
-    """Our greedy decoding, compiled before it is timed."""
+    """Our greedy decoding or beam search, compiled before it is timed."""
 
-    def __init__(self, model: Any, params: Any, prompts: Sequence[Sequence[int]], new_tokens: int):
+    def __init__(self, model: Any, params: Any, prompts: Sequence[Sequence[int]], new_tokens: int, beams: int = 1):
         """Compiles for every bucket among the prompts."""
         from decoding import make_decode_fn
 
-        self.decode_fn = make_decode_fn(model, "greedy", max_new_tokens=new_tokens)
+        method: dict[str, Any] = {"method": "greedy"} if beams == 1 else {"method": "beam", "width": beams}
+        self.decode_fn = make_decode_fn(model, max_new_tokens=new_tokens, **method)
         self.inputs = [self.decode_fn.inputs([prompt]) for prompt in prompts]
         if any(call.limit[0] < new_tokens for _, call in self.inputs):
             raise InputError(
@@ -105,9 +109,9 @@ class Ours:
 
 
 class Transformers:
-    """Hugging Face generate with the same weights, greedy, with its key/value cache."""
+    """Hugging Face generate with the same weights, greedy or with beams, with its key/value cache."""
 
-    def __init__(self, path: Any, prompts: Sequence[Sequence[int]], new_tokens: int):
+    def __init__(self, path: Any, prompts: Sequence[Sequence[int]], new_tokens: int, beams: int = 1):
         """Loads the model; raises ImportError where torch or transformers is missing."""
         import torch
         import transformers
@@ -118,11 +122,11 @@ class Transformers:
         else:
             where, extra = path, {}
         model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **extra)
-        self.torch, self.model, self.new_tokens = torch, model.eval(), new_tokens
+        self.torch, self.model, self.new_tokens, self.beams = torch, model.eval(), new_tokens, beams
         self.prompts = [torch.tensor([list(prompt)]) for prompt in prompts]
 
     def _generate(self, ids: Any, new_tokens: int) -> Any:
-        settings = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
+        settings = {"do_sample": False, "use_cache": True, "pad_token_id": 0, "num_beams": self.beams}
         mask = self.torch.ones_like(ids)
         counts = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
         with self.torch.inference_mode():
@@ -173,7 +177,7 @@ def _seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def _theirs(path: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> Transformers | None:
+def _theirs(path: Any, prompts: Sequence[Sequence[int]], new_tokens: int, beams: int) -> Transformers | None:
     """Returns the other side, or None, with the reason printed, where it cannot be measured fairly."""
     import jax
 
@@ -181,7 +185,7 @@ def _theirs(path: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tra
         print("transformers is not measured: it would run on the CPU, and this run does not")
         return None
     try:
-        return Transformers(path, prompts, new_tokens)
+        return Transformers(path, prompts, new_tokens, beams)
     except ImportError as error:
         print(f"transformers is not measured: {error}. `pip install -e '.[parity]'` brings it.")
     except (OSError, ValueError) as error:
@@ -214,8 +218,8 @@ def bench_decoding(config: BenchConfig) -> None:
         raise InputError(f"{config.model} has no tokenizer.json: put the model's tokenizer.json into the folder")
     encode = tokenizer.encode_chat if tokenizer.chat_template else tokenizer.encode
     prompts = [encode(prompt) for prompt in config.prompts]
-    sides: list[Any] = [Ours(model, params, prompts, config.max_new_tokens)]
-    theirs = _theirs(find_model(config.model), prompts, config.max_new_tokens)
+    sides: list[Any] = [Ours(model, params, prompts, config.max_new_tokens, config.beams)]
+    theirs = _theirs(find_model(config.model), prompts, config.max_new_tokens, config.beams)
     sides += [theirs] if theirs is not None else []
     _report_equality(sides)
     bandwidths, *results = alternate([Bandwidth(config.bandwidth_bytes), *sides], config.repeats)

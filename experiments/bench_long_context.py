@@ -161,7 +161,7 @@ def measure(config: LongContextBenchConfig, model: Any, params: Any) -> dict[str
         sizes = {"max_new_tokens": config.steps, "cache_slots": context + config.steps}
         made = [make_decode_fn(model, side.method, **sizes, **side.options) for side in config.sides]
         for side, steps in zip(config.sides, [decode_fn.plan.steps() for decode_fn in made], strict=True):
-            if steps.most > 1 or steps.tailor is not None:
+            if steps.most > 1 or steps.looks_on:
                 raise InputError(
                     f"side {side.name!r} drafts, or fits weights to prompts: steps of one token are measured, behind a "
                     "cache that no prompt filled. Leave out drafted, or choose a method that attends in its own way"

@@ -1,8 +1,9 @@
 """Decodes prompts with a model by name or path: `python -m experiments.decode --prompt "Why is the sky blue?"`.
 
 Prints the texts and a table of speeds, or one JSON object per prompt (`--output json`) with the keys prompt, text,
-token_ids, stats, seconds {load, compile, prefill, decode} and device. Prompts of a batch share their seconds; `compile`
-is 0 where nothing new was compiled.
+token_ids, stats, seconds {load, compile, prefill, decode}, device and, for methods that search, found: all texts that
+they return, best first, with their scores. Prompts of a batch share their seconds; `compile` is 0 where nothing new was
+compiled.
 """
 
 import contextlib
@@ -46,7 +47,7 @@ class DecodeConfig:
     head: Path | None = (
         None  # the draft's acceptance head, for methods that use one (experiments.train_acceptance_head)
     )
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # the method's own static options
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # the method's own options and settings
     sampling: SamplingSettings = SamplingSettings()
     seed: int = 0  # prompt i samples with seed + i
     max_new_tokens: int = 128  # per prompt
@@ -72,6 +73,7 @@ class Record:
     stats: dict[str, Any]  # see decoding.state.DecodeStats, and prompt_tokens
     seconds: dict[str, float]  # load, compile, prefill, decode
     device: str
+    found: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # text and score of each text of a search
 
 
 def read_prompts(config: DecodeConfig) -> list[str]:
@@ -174,7 +176,16 @@ class Runner:
         inputs = self.decode_fn.inputs(ids, seeds, **settings)
         state, taken = self.timed(inputs, self._stream if self.config.stream else None)
         seconds = {"load": self.load_seconds, **taken._asdict()}
-        return [self._record(row, prompt, ids[row], state, seconds) for row, prompt in enumerate(prompts)]
+        found = self.decode_fn.output(state).found
+        records = [self._record(row, prompt, ids[row], state, seconds) for row, prompt in enumerate(prompts)]
+        return [dataclasses.replace(r, found=self._found(found, row)) for row, r in enumerate(records)]
+
+    def _found(self, found: Any, row: int) -> list[dict[str, Any]]:
+        """Returns text and score of each text that a search has found for a row; none where it was no search."""
+        if found is None:
+            return []
+        rows = zip(found.tokens[row].tolist(), found.lengths[row].tolist(), found.scores[row].tolist(), strict=True)
+        return [{"text": self.tokenizer.decode(text[:n]), "score": score} for text, n, score in rows if n]
 
     def _stream(self, advance: Callable, params: Any, state: Any) -> Any:
         from decoding.stream import stream_state
@@ -238,6 +249,9 @@ def main() -> None:
                     print(_json(record), flush=True)
                 elif not config.stream:
                     print(f"\n>>> {record.prompt}\n{record.text}", flush=True)
+                if config.output == "text":
+                    for other in record.found[1:]:
+                        print(f"[{other['score']:.4f}] {other['text']}", flush=True)
     if config.output == "text":
         _print_summary(config, runner, records)
 

@@ -70,7 +70,9 @@ class Costs:
         def add(seen: Mapping[str, Any], inner: Sequence[jax.Array], real: jax.Array) -> dict[str, Any]:
             return {name: part.add(seen[name], inner, real) for name, part in zip(names, parts, strict=True)}
 
-        observer = Observer(lambda: {name: part.first() for name, part in zip(names, parts, strict=True)}, add)
+        observer = Observer(
+            lambda prompts: {name: part.first(prompts) for name, part in zip(names, parts, strict=True)}, add
+        )
 
         def read(params: Any, prompts: Prompts) -> tuple[KVCache, dict[str, Any]]:
             return observed_prefill(model, params, prompts, prompts.tokens.shape[1] + room, observer=observer)

@@ -116,7 +116,7 @@ class TimedDecode:
 
     def _with_cache(self, inputs: tuple[Any, Any]) -> tuple[tuple[Any, ...], float]:
         """Returns the arguments of `start`, and the seconds that were spent on prompts before it."""
-        if self.shared is None or self.decode_fn.plan.steps().tailor is not None:  # which reads prompts itself
+        if self.shared is None or self.decode_fn.plan.steps().looks_on:  # and so reads prompts itself
             return inputs, 0.0
         cache, seconds = self.shared(self.decode_fn, self.params, inputs[0])
         return (*inputs, cache), seconds

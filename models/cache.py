@@ -12,6 +12,7 @@ bits.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +106,27 @@ def commit(cache: KVCache, rows: jax.Array | None, count: jax.Array) -> KVCache:
         move = functools.partial(_compact, rows=rows, start=cache.length)
         cache = cache.replace(k=jax.tree.map(move, cache.k), v=jax.tree.map(move, cache.v))
     return cache.replace(length=cache.length + count)
+
+
+def repeat_rows(tree: Any, times: int) -> Any:
+    """Returns a pytree of [B, ...] arrays with `times` copies of each row side by side: [B * times, ...]."""
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
+
+
+def gather_rows(tree: Any, parent: jax.Array) -> Any:
+    """Returns a pytree of [B * W, ...] arrays (a cache among them) whose beams go on from others.
+
+    Args:
+        tree: any pytree; W rows side by side belong together.
+        parent: i32[B, W]; beam i of row b becomes what beam parent[b, i] of that row was.
+    """
+
+    def gather(x):
+        beams = x.reshape(*parent.shape, *x.shape[1:])
+        index = parent.reshape(*parent.shape, *(1,) * (x.ndim - 1))
+        return jnp.take_along_axis(beams, index, axis=1, mode="clip").reshape(x.shape)
+
+    return jax.tree.map(gather, tree)
 
 
 def _write(buffer: jax.Array, values: jax.Array, start: jax.Array) -> jax.Array:

@@ -173,7 +173,7 @@ def vote_observer(config: DecoderConfig, options: CoreInferOptions) -> Observer:
     """Returns what collects a tuple of `Votes`, one for each layer of `sparse_layers`, over all rows and tokens."""
     layers = sparse_layers(config, options)
 
-    def first() -> tuple[Votes, ...]:
+    def first(prompts: Prompts) -> tuple[Votes, ...]:
         widths = [config.blocks[layer].mlp.width for layer in layers]
         return tuple(Votes(jnp.zeros((width,), jnp.int32), jnp.zeros((width,), jnp.float32)) for width in widths)
 

@@ -131,7 +131,7 @@ def test_an_observer_sees_every_token_of_the_prompts_once(tiny, slow_cache, ragg
     expected = inner_sums(*tiny, ragged.tokens)
     for last in (8, 6):  # the longest prompt has 40 tokens, then 32
         some = Prompts(ragged.tokens[:last], ragged.lengths[:last])
-        observer = Observer(lambda last=last: (jnp.zeros((last,), jnp.int32), jnp.zeros((last, 3, 48))), add)
+        observer = Observer(lambda prompts, last=last: (jnp.zeros((last,), jnp.int32), jnp.zeros((last, 3, 48))), add)
         run = functools.partial(observed_prefill, tiny[0], num_slots=80, observer=observer)
         cache, (count, total) = jax.jit(run)(tiny[1], some)
         np.testing.assert_array_equal(count, some.lengths)

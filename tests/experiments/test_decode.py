@@ -10,7 +10,7 @@ from experiments.runtime import run_main
 from tests.support.tiny_folder import write_tiny_folder
 
 ROOT = Path(__file__).parents[2]
-KEYS = ["prompt", "text", "token_ids", "stats", "seconds", "device"]
+KEYS = ["prompt", "text", "token_ids", "stats", "seconds", "device", "found"]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,19 @@ def test_json_lines_have_the_documented_keys_and_consistent_counts(run):
         assert record["stats"]["target_calls"] == record["stats"]["steps"] == record["stats"]["emitted"]
         assert all(seconds >= 0 for seconds in record["seconds"].values())
     assert records[0]["seconds"]["compile"] > 0
+
+
+def test_a_search_gives_its_other_texts_and_their_scores(run):
+    options = "{width: 3, num_return: 2, length_penalty: 0.5}"
+    flags = ["--method", "beam", "--options", options, "--prompt", "one", "--prompt", "two", "--max_new_tokens", "5"]
+    records = lines(run(*flags, "--batch_size", "2", "--output", "json")[1])
+    for record in records:
+        best, second = record["found"]
+        assert best["text"] == record["text"] != second["text"] and best["score"] > second["score"]
+    code, out, _ = run(*flags)
+    assert code == 0 and f"[{records[1]['found'][1]['score']:.4f}] {records[1]['found'][1]['text']}" in out
+    code, streamed, _ = run(*flags, "--stream")
+    assert code == 0 and all(record["text"] in streamed for record in records), "all at once, when it is certain"
 
 
 def test_a_prompt_decodes_the_same_alone_in_a_batch_and_streamed(run, tmp_path):

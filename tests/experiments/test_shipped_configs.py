@@ -26,6 +26,7 @@ from finetune.adapters import ADAPTERS
 CONFIGS = Path(__file__).parents[2] / "configs"
 KINDS = {
     "decode": DecodeConfig,
+    "bench/beam": BenchConfig,
     "bench/decode": BenchConfig,
     "bench/exact": ExactCheckConfig,
     "bench/train": TrainBenchConfig,
@@ -83,6 +84,8 @@ def test_methods_and_options_exist(file):
     config = load_config(KINDS[kind(file)], ["--config", str(file)], prog="test", description="")
     for method, options, drafts in chosen(config):
         assert METHODS[method].drafts == drafts
+        settings = {name for name in options if name in METHODS[method].settings}
+        options = {name: value for name, value in options.items() if name not in settings}
         assert set(options) <= {field.name for field in dataclasses.fields(METHODS[method].options)}
         measured = {"latency": CURVE} if options.get("latency") == MEASURED else {}
         measured |= {"gates": ((0.5,),)} if isinstance(options.get("gates"), str | int) else {}

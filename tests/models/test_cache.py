@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from models.attention import TreeRows, dense_attend, tree_attend
-from models.cache import LayerCache, append, commit, init_cache
+from models.cache import LayerCache, append, commit, gather_rows, init_cache, repeat_rows
 from models.config import AttentionConfig
 
 LAYERS = (AttentionConfig(4, 2, 4), AttentionConfig(4, 1, 6))
@@ -158,3 +158,16 @@ def test_a_compacted_path_equals_a_fresh_prefill(run, prefill, garbage):
     for got, expected in zip(out.k + out.v, fresh.k + fresh.v, strict=True):
         for row, length in enumerate(np.asarray(fresh.length)):
             np.testing.assert_allclose(got[row, :, :length], expected[row, :, :length], atol=1e-5, rtol=1e-5)
+
+
+def test_beams_go_on_from_others_of_their_row():
+    """Every array of a pytree follows, lengths too; no beam reaches into another row."""
+    cache = filled([3, 7])
+    beams = repeat_rows(cache, 3)
+    assert [x.shape[0] for x in jax.tree.leaves(beams)] == [6] * 5
+    np.testing.assert_array_equal(beams.length, [3, 3, 3, 7, 7, 7])
+    own = beams.replace(k=tuple(k + jnp.arange(6.0)[:, None, None, None] for k in beams.k), length=jnp.arange(6))
+    parent = i32([2, 0, 0], [1, 1, 2])
+    moved = jax.jit(gather_rows)(own, parent)
+    order = [2, 0, 0, 4, 4, 5]
+    jax.tree.map(lambda new, old: np.testing.assert_array_equal(new, np.asarray(old)[order]), moved, own)

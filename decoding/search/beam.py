@@ -1,0 +1,55 @@
+"""Beam search: the `width` likeliest texts so far are kept at each step. Lossy.
+
+Finished texts are ranked by their log-probability over length ** length_penalty (a setting; 0 ranks by probability,
+larger values favour longer texts). `DecodeOutput.tokens` is the best text, `DecodeOutput.found` has the best
+`num_return` with their scores. What a row writes shows when the row is done: until then it may change.
+
+In the counts a step is a pass over all beams of a row; `emitted` are the tokens of the best text, which may be fewer
+than steps.
+"""
+
+import dataclasses
+from typing import Literal
+
+from decoding.method import Method, Steps
+from decoding.search.beams import LENGTH_PENALTY, Search, check_search, search_steps
+from decoding.search.constraints import constraints_of
+from models.decoder import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class BeamOptions:
+    """See `decoding.search.beams.Search` for what they mean.
+
+    Attributes:
+        width: beams of a row.
+        num_return: texts that are returned per row.
+        early_stopping: when a row with `width` finished texts ends.
+        return_scores: whether the log-probability of every token is returned too.
+        no_repeat_ngram: see `decoding.search.constraints` for this and the next.
+        starts: lists of token ids.
+    """
+
+    width: int = 4
+    num_return: int = 1
+    early_stopping: bool | Literal["never"] = False
+    return_scores: bool = False
+    no_repeat_ngram: int = 0
+    starts: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "starts", self.search().constraints.starts)
+
+    def search(self) -> Search:
+        """Returns them as those of a search; raises InputError where they cannot be."""
+        constraints = constraints_of(self)
+        return Search(self.width, 1, self.num_return, self.early_stopping, self.return_scores, constraints)
+
+
+def make_beam(model: Decoder, options: BeamOptions, stop_tokens: tuple[int, ...]) -> Steps:
+    """Beam search; raises InputError where there are more beams than tokens."""
+    check_search(model, options.search())
+    return search_steps(model, options.search(), stop_tokens)
+
+
+BEAM = Method("lossy", BeamOptions, make_beam, settings={"length_penalty": LENGTH_PENALTY})
