@@ -230,10 +230,12 @@ class Attention(nn.Module):
         """Returns (out [B, T, D], cache, ctx); `rotary` is the `rotary_table` at the tokens' positions, or None."""
         config = self.config
         query_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        q = rearrange(Linear(query_width, config.qkv_bias, name="q")(x), "b t (h d) -> b t h d", d=config.head_dim)
-        k = rearrange(Linear(kv_width, config.qkv_bias, name="k")(x), "b t (h d) -> b t h d", d=config.head_dim)
-        v = rearrange(Linear(kv_width, config.qkv_bias, name="v")(x), "b t (h d) -> b t h d", d=config.head_dim)
-        if config.qk_norm:
+        q, k = Linear(query_width, config.qkv_bias, name="q")(x), Linear(kv_width, config.qkv_bias, name="k")(x)
+        v = Linear(kv_width, config.qkv_bias, name="v")(x)
+        if config.qk_norm == "joint":
+            q, k = Norm(self.norm, name="q_norm")(q), Norm(self.norm, name="k_norm")(k)
+        q, k, v = (rearrange(y, "b t (h d) -> b t h d", d=config.head_dim) for y in (q, k, v))
+        if config.qk_norm is True:
             q, k = Norm(self.norm, name="q_norm")(q), Norm(self.norm, name="k_norm")(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)

@@ -59,7 +59,7 @@ class AttentionConfig:
         head_dim: Dh.
         qkv_bias: whether q, k and v have biases.
         out_bias: whether the output projection has one.
-        qk_norm: whether q and k pass an RMSNorm over Dh before the rotation.
+        qk_norm: whether q and k pass an RMSNorm before the rotation, over each head's Dh or, "joint", over all heads.
         rope: rotary positions, or None (learned positions, or none at all).
         scale: factor on q k^T; None means Dh ** -0.5.
         window: a query sees the last `window` positions, itself included; None means all.
@@ -71,7 +71,7 @@ class AttentionConfig:
     head_dim: int
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool | Literal["joint"] = False
     rope: RopeConfig | None = RopeConfig()
     scale: float | None = None
     window: int | None = None
@@ -95,6 +95,46 @@ class MLPConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Experts in place of an MLP (`models.moe`).
+
+    Attributes:
+        num_experts: E.
+        top_k: K, how many of them a token goes to.
+        expert: the shape of each.
+        normalise: whether the weights of a token's K experts add up to one.
+        shared: an expert that every token goes to, times a sigmoid gate; None: there is none.
+        router: `learned`, a linear layer; or `sparsity`, by how few neurons of an expert are expected to fire (MoE-X).
+        form: how it is computed (`models.moe`); None: what is fastest on this kind of device.
+        capacity_factor: in the form `capacity`, rows of an expert's buffer over N K / E; E / K has room for all.
+        balance_weight: of the balance loss in training.
+        z_weight: of the z-loss of the router in training.
+    """
+
+    num_experts: int
+    top_k: int
+    expert: MLPConfig
+    normalise: bool = True
+    shared: MLPConfig | None = None
+    router: Literal["learned", "sparsity"] = "learned"
+    form: Literal["dense", "capacity", "ragged", "loop"] | None = None
+    capacity_factor: float = 1.25
+    balance_weight: float = 0.01
+    z_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.num_experts:
+            raise InputError(f"top_k must be 1 to num_experts, {self.num_experts}; got {self.top_k}")
+        if self.expert.bias:
+            raise InputError("experts have no biases here: leave out expert.bias")
+        if self.router == "sparsity" and (self.expert.gated or self.expert.activation != "relu"):
+            raise InputError(
+                "the sparsity router counts neurons that a relu lets through: experts must be relu and not gated, got "
+                f"activation {self.expert.activation!r}, gated {self.expert.gated}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class NormConfig:
     """RMSNorm (`rms`) or LayerNorm with bias (`layer`)."""
 
@@ -107,7 +147,7 @@ class BlockConfig:
     """One pre-norm transformer block; `post_norms` adds a norm at the end of each branch (Gemma 2 and 3)."""
 
     attention: AttentionConfig
-    mlp: MLPConfig
+    mlp: MLPConfig | MoEConfig
     norm: NormConfig = NormConfig()
     post_norms: bool = False
 

@@ -16,8 +16,9 @@ from flax import struct
 
 from models.attention import Attend, Attention, dense_attend
 from models.cache import KVCache
-from models.config import BlockConfig, DecoderConfig
+from models.config import BlockConfig, DecoderConfig, MoEConfig
 from models.layers import MLP, Embedding, Linear, Norm, rotary_table, softcap
+from models.moe import MoE
 
 
 @struct.dataclass
@@ -53,7 +54,8 @@ class Block(nn.Module):
         if config.post_norms:
             out = Norm(config.norm, name="post_attention_norm")(out)
         x = x + out
-        out = MLP(config.mlp, name="mlp")(Norm(config.norm, name="mlp_norm")(x))
+        mlp = MoE if isinstance(config.mlp, MoEConfig) else MLP
+        out = mlp(config.mlp, name="mlp")(Norm(config.norm, name="mlp_norm")(x))
         if config.post_norms:
             out = Norm(config.norm, name="post_mlp_norm")(out)
         return x + out, cache, ctx

@@ -15,13 +15,13 @@ import numpy as np
 from models.config import MLPConfig, NormConfig, RopeConfig, RopeScaling
 from models.kernels import as_kernel
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "silu": nn.silu,
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
     "relu": nn.relu,
 }
-_kernel_init = nn.initializers.normal(0.02)
+kernel_init = nn.initializers.normal(0.02)
 
 
 class Linear(nn.Module):
@@ -38,7 +38,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [..., I] to [..., features]."""
-        kernel = self._entry("kernel", _kernel_init, (x.shape[-1], self.features))
+        kernel = self._entry("kernel", kernel_init, (x.shape[-1], self.features))
         y = as_kernel(kernel).dot(x, self.dtype)
         if self.use_bias:
             y = y + _along_last(self._entry("bias", nn.initializers.zeros, (self.features,)), y)
@@ -84,7 +84,7 @@ class Embedding(nn.Module):
 
     def setup(self) -> None:
         """Makes the table, [width, num]."""
-        self.embedding = self.param("embedding", _kernel_init, (self.width, self.num))
+        self.embedding = self.param("embedding", kernel_init, (self.width, self.num))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Looks up ids i32[...], giving [..., width]."""
@@ -107,7 +107,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [..., D] to [..., D]."""
-        width, bias, activation = self.config.width, self.config.bias, _ACTIVATIONS[self.config.activation]
+        width, bias, activation = self.config.width, self.config.bias, ACTIVATIONS[self.config.activation]
         inner = Linear(width, bias, name="up")(x)
         if self.config.gated:
             # A backward pass makes the product again from its two factors: nothing in between is kept.

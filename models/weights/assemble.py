@@ -57,25 +57,31 @@ def assemble(
     shapes = parameter_shapes(Decoder(config))
     by_source = {_strip_prefix(name): name for name in names}
     wanted = {path: row_of(path, table) for path in shapes}
-    _check_names(config, table, by_source, wanted, ignored)
+    sources = {path: sources_of(row, shapes[path].shape) for path, row in wanted.items()}
+    _check_names(config, table, by_source, sources, ignored)
 
-    def load(path: str) -> jax.Array:
-        row = wanted[path]
+    def load_one(path: str, source: str, shape: tuple[int, ...]) -> np.ndarray:
         layer = re.match(r"layers_(\d+)/", path)
         attention = config.blocks[int(layer[1])].attention if layer else None
-        stored = read(by_source[row.source])
+        stored = read(by_source[source])
         try:
-            values = row.convert(stored, attention)
+            values = wanted[path].convert(stored, attention)
         except ValueError as error:
             raise InputError(
-                f"tensor {by_source[row.source]!r} of shape {stored.shape} does not fit {path} of this config: {error}"
+                f"tensor {by_source[source]!r} of shape {stored.shape} does not fit {path} of this config: {error}"
             ) from error
-        if values.shape != shapes[path].shape:
+        if values.shape != shape:
             raise InputError(
-                f"tensor {by_source[row.source]!r} gives {path} the shape {values.shape}, "
-                f"but the config says {shapes[path].shape}"
+                f"tensor {by_source[source]!r} gives {path} the shape {values.shape}, but the config says {shape}"
             )
-        values = np.ascontiguousarray(values, dtype=dtype)
+        return np.ascontiguousarray(values, dtype=dtype)
+
+    def load(path: str) -> jax.Array:
+        names, shape = sources[path], shapes[path].shape
+        if names == [wanted[path].source]:
+            values = load_one(path, names[0], shape)
+        else:
+            values = np.stack([load_one(path, name, shape[1:]) for name in names])
         return jnp.asarray(values) if mesh is None else place_leaf(path, values, mesh)
 
     with ThreadPoolExecutor(_WORKERS) as pool:
@@ -87,12 +93,17 @@ def _check_names(
     config: DecoderConfig,
     table: Mapping[str, Row],
     by_source: Mapping[str, str],
-    wanted: Mapping[str, Row | None],
+    sources: Mapping[str, Sequence[str]],
     ignored: Sequence[str],
 ) -> None:
     """Raises InputError where parameters and tensors (`by_source`: their names, without and with prefix) do not fit."""
-    used = {row.source for row in wanted.values() if row is not None}
-    missing = [path for path, row in wanted.items() if row is None or row.source not in by_source]
+    used = {name for names in sources.values() for name in names}
+    missing = [
+        path if len(names) < 2 else f"{path} (of {name})"
+        for path, names in sources.items()
+        for name in names or [""]
+        if name not in by_source
+    ]
     unused = [
         name
         for source, name in by_source.items()
@@ -121,6 +132,13 @@ def row_of(path: str, table: Mapping[str, Row]) -> Row | None:
         return table.get(path)
     row = table.get(path.replace(layer[0], "layers_{i}/", 1))
     return row and row._replace(source=row.source.replace("{i}", layer[1]))
+
+
+def sources_of(row: Row | None, shape: tuple[int, ...]) -> list[str]:
+    """Returns the tensors that a parameter of this shape is made of: with `{e}` in its row one for each expert."""
+    if row is None:
+        return []
+    return [row.source.replace("{e}", str(e)) for e in range(shape[0])] if "{e}" in row.source else [row.source]
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:

@@ -25,6 +25,7 @@ _SIZES = {
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {"rope_type": "yarn", "factor": 4.0}
 _SHORT = {"original_max_position_embeddings": 16}
+_MIXTURE = {**_SIZES, "num_hidden_layers": 2, "num_experts_per_tok": 2}
 
 CONFIGS: dict[str, dict] = {
     "llama": {"model_type": "llama", **_SIZES, "rope_theta": 10000.0},
@@ -63,6 +64,26 @@ CONFIGS: dict[str, dict] = {
             "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
+    },
+    "mixtral": {"model_type": "mixtral", **_MIXTURE, "num_local_experts": 4, "sliding_window": 5},
+    "olmoe": {"model_type": "olmoe", **_MIXTURE, "num_experts": 4},
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        **_MIXTURE,
+        "num_experts": 5,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "decoder_sparse_step": 2,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        **_MIXTURE,
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "head_dim": 16,
+        "mlp_only_layers": [0],
     },
     "gpt2": {"model_type": "gpt2", "vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
 }
