@@ -135,7 +135,7 @@ def dense(x: jax.Array, experts: Experts, gates: jax.Array, config: MLPConfig) -
     return dense_outer(dense_inner(x, experts, gates, config), experts)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=3)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def loop(x: jax.Array, experts: Experts, gates: jax.Array, config: MLPConfig) -> jax.Array:
     """Returns what `dense` does; reads the weights of those experts alone that a token has chosen."""
     hit = (gates != 0).any(axis=0)
