@@ -5,8 +5,11 @@ import json
 import jax
 import numpy as np
 import pytest
+import torch
 
 from models.cache import commit, init_cache
+from models.moe import ROUTING
+from models.router_losses import balance_loss, router_losses
 from models.weights.load import load_model
 from tests.golden.make_families import logits, torch_model
 from tests.support.tiny_models import CONFIGS, LENGTHS, tokens
@@ -45,3 +48,28 @@ def test_logits_through_the_cache(pair):
         for row, length in enumerate(LENGTHS):
             if prompt[row] + offset < length:
                 np.testing.assert_allclose(output.logits[row, 0], expected[row][position[row]], atol=1e-4, rtol=0)
+
+
+def test_the_balance_loss_of_a_ragged_batch():
+    """Router scores of both networks, and the loss over them, without the tokens behind each row's length."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    scores = np.random.default_rng(0).standard_normal((3, len(LENGTHS), 14, 5)).astype(np.float32)
+    real = np.arange(14)[None, :] < np.array(LENGTHS)[:, None]
+    theirs = load_balancing_loss_func(
+        tuple(torch.from_numpy(layer.reshape(-1, 5)) for layer in scores), 5, 2, torch.from_numpy(real.astype(np.int64))
+    )
+    np.testing.assert_allclose(balance_loss(list(jax.numpy.asarray(scores)), 2, real), theirs.item(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("pair", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"], indirect=True)
+def test_the_balance_loss_of_a_model(pair):
+    """What transformers adds to the loss of a row is what our trainer does."""
+    theirs, model, params = pair
+    row = tokens()[:1]
+    expected = theirs(torch.from_numpy(row).long(), output_router_logits=True).aux_loss.item()
+    left = model.apply({"params": params}, row, mutable=[ROUTING])[1][ROUTING]
+    weight = model.config.blocks[-1].mlp.balance_weight
+    assert weight == theirs.config.router_aux_loss_coef
+    found = router_losses(model.config, left, np.ones(row.shape, bool))["balance_loss"]
+    np.testing.assert_allclose(found / weight, expected, rtol=1e-4)
