@@ -50,6 +50,23 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RelativeConfig:
+    """Learned biases on the scores by how far a key lies from its query (T5, 1910.10683, section 2.1).
+
+    Distances fall into buckets: half of them hold one distance each, the others ever longer spans.
+
+    Attributes:
+        num_buckets: how many; for keys behind and ahead together.
+        max_distance: tokens; from here on all share the last bucket.
+        bidirectional: whether keys ahead of the query have buckets of their own; else they share that of distance 0.
+    """
+
+    num_buckets: int = 32
+    max_distance: int = 128
+    bidirectional: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     """One attention layer.
 
@@ -61,6 +78,7 @@ class AttentionConfig:
         out_bias: whether the output projection has one.
         qk_norm: whether q and k pass an RMSNorm before the rotation, over each head's Dh or, "joint", over all heads.
         rope: rotary positions, or None (learned positions, or none at all).
+        relative: biases by distance, one table for all layers of a stack, or None.
         scale: factor on q k^T; None means Dh ** -0.5.
         window: a query sees the last `window` positions, itself included; None means all.
         softcap: scores become softcap * tanh(scores / softcap); None means no cap.
@@ -73,6 +91,7 @@ class AttentionConfig:
     out_bias: bool = False
     qk_norm: bool | Literal["joint"] = False
     rope: RopeConfig | None = RopeConfig()
+    relative: RelativeConfig | None = None
     scale: float | None = None
     window: int | None = None
     softcap: float | None = None
@@ -144,12 +163,17 @@ class NormConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """One pre-norm transformer block; `post_norms` adds a norm at the end of each branch (Gemma 2 and 3)."""
+    """One pre-norm transformer block.
+
+    `post_norms` adds a norm at the end of each branch (Gemma 2 and 3), `cross` a branch between attention and MLP that
+    attends to what an encoder has read.
+    """
 
     attention: AttentionConfig
     mlp: MLPConfig | MoEConfig
     norm: NormConfig = NormConfig()
     post_norms: bool = False
+    cross: AttentionConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +191,7 @@ class DecoderConfig:
         embedding_scale: factor on the embeddings (Gemma: sqrt(D)).
         learned_positions: whether a table of `max_length` learned positions is added to the embeddings (GPT-2).
         logit_softcap: logits become softcap * tanh(logits / softcap); None means no cap.
+        logit_scale: factor on the logits (T5 with tied embeddings: D ** -0.5).
     """
 
     family: str
@@ -179,6 +204,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     learned_positions: bool = False
     logit_softcap: float | None = None
+    logit_scale: float = 1.0
 
     @property
     def num_layers(self) -> int:
@@ -186,15 +212,49 @@ class DecoderConfig:
         return len(self.blocks)
 
 
-def config_to_dict(config: DecoderConfig) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderConfig:
+    """A model that reads a text with one stack and writes another with a second one that attends to it.
+
+    Attributes:
+        encoder: the stack that reads; it has no embedding of its own, its `max_length` is the longest text it takes.
+        decoder: the stack that writes, with embeddings; its blocks have `cross`.
+        start_token: what the written text begins with (not part of it).
+    """
+
+    encoder: DecoderConfig
+    decoder: DecoderConfig
+    start_token: int = 0
+
+    @property
+    def family(self) -> str:
+        """The architecture's name in `models.families`."""
+        return self.decoder.family
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.decoder.vocab_size
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the embedding also gives the logits."""
+        return self.decoder.tied_embeddings
+
+
+ModelConfig = DecoderConfig | EncoderDecoderConfig
+
+
+def config_to_dict(config: ModelConfig) -> dict[str, Any]:
     """Returns the config as plain JSON values; `config_from_dict` reads them back to an equal config."""
     return dataclasses.asdict(config)
 
 
-def config_from_dict(values: dict[str, Any]) -> DecoderConfig:
+def config_from_dict(values: dict[str, Any]) -> ModelConfig:
     """Reads what `config_to_dict` wrote; raises InputError for a field that is missing or of the wrong type."""
+    kind = EncoderDecoderConfig if isinstance(values, dict) and "encoder" in values else DecoderConfig
     try:
-        return pydantic.TypeAdapter(DecoderConfig).validate_python(values)
+        return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"])

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from models.errors import InputError
 
-AXES = ("data", "fsdp", "tensor", "expert")
+AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")  # the axes that rows of a batch are spread over
 
 _SPLIT_OUT = r"(^|/)(q|k|v|gate|up)"  # layers whose outputs are split over `tensor`

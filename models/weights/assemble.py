@@ -4,6 +4,7 @@ Every source tensor and every parameter is used exactly once; what is left over 
 both.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +16,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from models.config import DecoderConfig
-from models.decoder import Decoder
+from models.config import ModelConfig
+from models.encoder_decoder import Network, init_params, network
 from models.errors import InputError
 from models.families.common import PREFIXES, Row
 from models.sharding import place_leaf
@@ -24,14 +25,13 @@ from models.sharding import place_leaf
 _WORKERS = 2
 
 
-def parameter_shapes(model: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
+def parameter_shapes(model: Network) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns {"layers_0/attention/q/kernel": shape, ...} for every parameter of the model, without making any."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"], sep="/")
+    return flatten_dict(jax.eval_shape(functools.partial(init_params, model), jax.random.key(0)), sep="/")
 
 
 def assemble(
-    config: DecoderConfig,
+    config: ModelConfig,
     table: Mapping[str, Row],
     names: Sequence[str],
     read: Callable[[str], np.ndarray],
@@ -40,7 +40,7 @@ def assemble(
     dtype: jnp.dtype | None,
     mesh: Mesh | None = None,
 ) -> dict[str, Any]:
-    """Returns the parameter tree of `Decoder(config)`.
+    """Returns the parameter tree of `network(config)`.
 
     Args:
         config: the model.
@@ -54,9 +54,9 @@ def assemble(
     Raises:
         InputError: a parameter without a tensor, a tensor without a parameter, or a shape that does not fit.
     """
-    shapes = parameter_shapes(Decoder(config))
+    shapes = parameter_shapes(network(config))
     by_source = {_strip_prefix(name): name for name in names}
-    wanted = {path: row_of(path, table) for path in shapes}
+    wanted = {path: _by_present_name(row_of(path, table), by_source) for path in shapes}
     sources = {path: sources_of(row, shapes[path].shape) for path, row in wanted.items()}
     _check_names(config, table, by_source, sources, ignored)
 
@@ -90,7 +90,7 @@ def assemble(
 
 
 def _check_names(
-    config: DecoderConfig,
+    config: ModelConfig,
     table: Mapping[str, Row],
     by_source: Mapping[str, str],
     sources: Mapping[str, Sequence[str]],
@@ -110,7 +110,8 @@ def _check_names(
         if source not in used and not any(re.search(p, name) or re.search(p, source) for p in ignored)
     ]
     if config.tied_embeddings:  # some savers write the tied unembedding a second time
-        unused = [name for name in unused if _strip_prefix(name) != table["unembedding/kernel"].source]
+        second = {row.source for path, row in table.items() if path.endswith("unembedding/kernel")}
+        unused = [name for name in unused if _strip_prefix(name) not in second]
     if missing or unused:
         raise InputError(
             f"the checkpoint does not fit a {config.family} model of this config: "
@@ -127,11 +128,19 @@ def _strip_prefix(name: str) -> str:
 
 def row_of(path: str, table: Mapping[str, Row]) -> Row | None:
     """Returns a parameter's row of a name table, with its layer's number in the source; None where there is none."""
-    layer = re.match(r"layers_(\d+)/", path)
+    layer = re.search(r"\blayers_(\d+)/", path)
     if not layer:
         return table.get(path)
     row = table.get(path.replace(layer[0], "layers_{i}/", 1))
     return row and row._replace(source=row.source.replace("{i}", layer[1]))
+
+
+def _by_present_name(row: Row | None, names: Mapping[str, str]) -> Row | None:
+    """Returns a row whose source has one name, the first that there is (or else the first)."""
+    if row is None or "|" not in row.source:
+        return row
+    given = row.source.split("|")
+    return row._replace(source=next((name for name in given if name in names), given[0]))
 
 
 def sources_of(row: Row | None, shape: tuple[int, ...]) -> list[str]:

@@ -101,7 +101,9 @@ def test_flags_that_do_not_name_the_processes_are_refused(values, message):
 def test_rows_that_do_not_divide_over_the_mesh_are_refused():
     mesh = abstract_mesh(MeshConfig(2, 2, 3))
     check_rows(8, mesh)
-    with pytest.raises(InputError, match=r"6 rows does not divide .* 4 groups .*data 2 x fsdp 2\): take 4 or 8 rows"):
+    with pytest.raises(
+        InputError, match=r"6 rows does not divide .* 4 groups .*data 2 x fsdp 2 x expert 1\): take 4 or 8 rows"
+    ):
         check_rows(6, mesh)
     with pytest.raises(InputError, match="take 4 rows"):
         check_rows(3, mesh)
@@ -125,8 +127,8 @@ def test_singular_vectors_of_a_kernel_that_is_spread():
 
 def mesh_of_processes(processes: list[int], data: int, fsdp: int, tensor: int) -> SimpleNamespace:
     """What `row_share` asks of a mesh: the devices in order, here only the processes that they belong to."""
-    devices = np.array([SimpleNamespace(process_index=process) for process in processes]).reshape(data, fsdp, tensor)
-    return SimpleNamespace(devices=devices, shape={"data": data, "fsdp": fsdp, "tensor": tensor})
+    devices = np.array([SimpleNamespace(process_index=process) for process in processes]).reshape(data, fsdp, 1, tensor)
+    return SimpleNamespace(devices=devices, shape={"data": data, "fsdp": fsdp, "expert": 1, "tensor": tensor})
 
 
 @pytest.mark.parametrize(
@@ -145,5 +147,7 @@ def test_each_process_reads_rows_of_its_own(processes, sizes, share):
 
 @pytest.mark.parametrize(("processes", "sizes"), [([0, 0, 0, 1], (2, 1, 2)), ([0, 1, 1, 1], (4, 1, 1))])
 def test_a_mesh_that_cuts_across_processes_is_refused(processes, sizes):
-    with pytest.raises(InputError, match=f"data {sizes[0]} x fsdp 1 x tensor {sizes[2]} cuts across its 2 processes"):
+    with pytest.raises(
+        InputError, match=f"data {sizes[0]} x fsdp 1 x expert 1 x tensor {sizes[2]} cuts across its 2 processes"
+    ):
         row_share(mesh_of_processes(processes, *sizes))

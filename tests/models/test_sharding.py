@@ -35,8 +35,8 @@ MESH = abstract_mesh(MeshConfig(2, 2, 2))
 
 def test_the_rest_of_the_devices_goes_to_the_axis_with_minus_one():
     assert mesh_shape(MeshConfig(), 8) == (8, 1, 1, 1)
-    assert mesh_shape(MeshConfig(2, -1, 2), 8) == (2, 2, 2, 1)
-    assert mesh_shape(MeshConfig(2, 1, 1, -1), 8) == (2, 1, 1, 4)
+    assert mesh_shape(MeshConfig(2, -1, 2), 8) == (2, 2, 1, 2)
+    assert mesh_shape(MeshConfig(2, 1, 1, -1), 8) == (2, 1, 4, 1)
     assert num_row_shards(abstract_mesh(MeshConfig(3, 4, 5))) == 12
     assert num_row_shards(abstract_mesh(MeshConfig(3, 1, 5, 2))) == 6
 
@@ -47,9 +47,9 @@ def test_the_rest_of_the_devices_goes_to_the_axis_with_minus_one():
         (
             MeshConfig(2, 2, 1),
             8,
-            "data 2 x fsdp 2 x tensor 1 x expert 1 does not fit 8 devices: .* product is 8",
+            "data 2 x fsdp 2 x expert 1 x tensor 1 does not fit 8 devices: .* product is 8",
         ),
-        (MeshConfig(-1, 3, 1), 8, "data -1 x fsdp 3 x tensor 1 x expert 1 does not fit 8 devices"),
+        (MeshConfig(-1, 3, 1), 8, "data -1 x fsdp 3 x expert 1 x tensor 1 does not fit 8 devices"),
         (MeshConfig(-1, 4, 1), 2, "does not fit 2 devices"),
         (MeshConfig(2, 1, 1), 1, "does not fit 1 device:"),
     ],
