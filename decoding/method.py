@@ -121,6 +121,7 @@ class Method(NamedTuple):
         temperature: the default of calls that give none; None: the method does not sample at all.
         drafts: whether it drafts with a second model: `options.draft` is then that model, `params` a `WithDraft`.
         head: whether that model may come with an acceptance head.
+        encoders: whether it also decodes models that read prompts with an encoder.
         shared: whether the rows of a batch share a choice, so that a row's text depends on who shares its batch.
     """
 
@@ -130,4 +131,5 @@ class Method(NamedTuple):
     temperature: float | None = None
     drafts: bool = False
     head: bool = False
+    encoders: bool = False
     shared: bool = False

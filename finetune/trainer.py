@@ -17,6 +17,7 @@ from finetune.objectives import Objective
 from finetune.state import Batch, Constants, Method, TrainState
 from models.attention import segment_attend
 from models.decoder import Decoder
+from models.encoder_decoder import decoder_only
 from models.errors import InputError
 from models.moe import ROUTING
 from models.router_losses import router_losses
@@ -149,6 +150,7 @@ def make_train_step(
     its micro-batches. Metrics are f32[]: loss, the objective's further figures, grad_norm (before clipping),
     learning_rate, tokens (predicted).
     """
+    decoder_only(model, "training")
 
     def gradient(trainable, constants, batch):
         def of(trainable):

@@ -237,6 +237,11 @@ class EncoderDecoderConfig:
         return self.decoder.vocab_size
 
     @property
+    def max_length(self) -> int:
+        """Tokens of the longest text that is written, the start token included."""
+        return self.decoder.max_length
+
+    @property
     def tied_embeddings(self) -> bool:
         """Whether the embedding also gives the logits."""
         return self.decoder.tied_embeddings

@@ -57,7 +57,7 @@ class Block(nn.Module):
             self.cross_norm, self.cross = Norm(config.norm), CrossAttention(config.cross, self.width)
 
     def __call__(self, x, rotary, cache, attend: Attend, ctx, layer: int, bias=None, text: LayerCache | None = None):
-        """Returns (x, cache, ctx) after the block; see `models.attention.Attention` and, for `text`, `CrossAttention`."""
+        """Returns (x, cache, ctx) after the block: see `models.attention.Attention`, and `CrossAttention` for text."""
         out, cache, ctx = self.attention(self.attention_norm(x), rotary, cache, attend, ctx, layer, bias)
         x = x + (self.post_attention_norm(out) if self.config.post_norms else out)
         if self.config.cross is not None:

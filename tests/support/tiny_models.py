@@ -88,6 +88,23 @@ CONFIGS: dict[str, dict] = {
     "gpt2": {"model_type": "gpt2", "vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
 }
 
+_T5 = {
+    "model_type": "t5",
+    "vocab_size": 61,
+    "d_model": 32,
+    "d_kv": 12,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+}
+ENCODER_DECODERS: dict[str, dict] = {
+    "t5": {**_T5, "feed_forward_proj": "relu", "tie_word_embeddings": True},
+    "t5_gated": {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+}
+
 LENGTHS = (14, 9, 1)  # a ragged batch
 
 
@@ -96,6 +113,13 @@ def tokens() -> np.ndarray:
     batch = np.random.default_rng(0).integers(1, 61, (len(LENGTHS), max(LENGTHS)), dtype=np.int32)
     for row, length in zip(batch, LENGTHS, strict=True):
         row[length:] = 0
+    return batch
+
+
+def targets() -> np.ndarray:
+    """Returns what decoders of encoder-decoders are given beside `tokens`, i32[3, 16]: the start token 0, then others."""
+    batch = np.random.default_rng(1).integers(1, 61, (len(LENGTHS), 16), dtype=np.int32)
+    batch[:, 0] = 0
     return batch
 
 
