@@ -272,8 +272,8 @@ class DecodeFn:
         most = self.plan.model.config.encoder.max_length
         if lengths.max() > most:
             raise InputError(
-                f"the longest prompt has {lengths.max()} tokens, the encoder reads {most} at most: shorten it, or use a "
-                "model with a longer one"
+                f"the longest prompt has {lengths.max()} tokens, the encoder reads {most} at most: shorten it, or use "
+                "a model that reads more"
             )
         return np.ones_like(lengths)
 

@@ -117,7 +117,7 @@ def tokens() -> np.ndarray:
 
 
 def targets() -> np.ndarray:
-    """Returns what decoders of encoder-decoders are given beside `tokens`, i32[3, 16]: the start token 0, then others."""
+    """Returns what decoders of encoder-decoders are given beside `tokens`, i32[3, 16]: start token 0, then others."""
     batch = np.random.default_rng(1).integers(1, 61, (len(LENGTHS), 16), dtype=np.int32)
     batch[:, 0] = 0
     return batch
