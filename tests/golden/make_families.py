@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent
 
 
 def torch_model(config: dict) -> torch.nn.Module:
-    """Returns transformers' model for a config of `tiny_models`, with the weights that follow from its tensors' names."""
+    """Returns transformers' model for a config of `tiny_models`, with the weights that follow from their names."""
     kind = dict(config)
     hf_config = transformers.AutoConfig.for_model(kind.pop("model_type"), **kind)
     auto = transformers.AutoModelForSeq2SeqLM if hf_config.is_encoder_decoder else transformers.AutoModelForCausalLM

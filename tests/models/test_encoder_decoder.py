@@ -1,6 +1,7 @@
 """Encoder-decoders: T5 against logits that transformers computed, and what cached cross attention must not change."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def loaded(request, tmp_path_factory):
     return name, model, params, golden
 
 
-@jax.jit(static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def forward(model, params, written, source):
     return model.apply({"params": params}, written, source=source).logits
 
@@ -141,9 +142,7 @@ def test_models_that_are_wanted_without_an_encoder(loaded):
     _, model, _, _ = loaded
     config = family_of(CONFIGS["llama"]).read_config(CONFIGS["llama"])
     assert decoder_only(network(config), "training") == Decoder(config)
-    with pytest.raises(
-        InputError, match="training needs a decoder-only model, and this t5 model is an encoder-decoder"
-    ):
+    with pytest.raises(InputError, match="training needs a decoder-only model, and this t5 model is"):
         decoder_only(model, "training")
 
 
