@@ -261,6 +261,7 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
     try:
         return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
+        found = error.errors()  # of a union: of each of its kinds, and what is merely missing may be another kind's
+        first = next((problem for problem in found if problem["type"] != "missing"), found[0])
+        path = ".".join(str(part) for part in first["loc"] if not str(part)[:1].isupper())
         raise InputError(f"model config: {path}: {first['msg']}, got {first['input']!r:.80}") from error

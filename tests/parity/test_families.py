@@ -87,7 +87,7 @@ def test_the_balance_loss_of_a_model(pair):
     row = tokens()[:1]
     expected = theirs(torch.from_numpy(row).long(), output_router_logits=True).aux_loss.item()
     left = model.apply({"params": params}, row, mutable=[ROUTING])[1][ROUTING]
-    weight = model.config.blocks[-1].mlp.balance_weight
+    weight = model.config.blocks[1].mlp.balance_weight
     assert weight == theirs.config.router_aux_loss_coef
     found = router_losses(model.config, left, np.ones(row.shape, bool))["balance_loss"]
     np.testing.assert_allclose(found / weight, expected, rtol=1e-4)
