@@ -21,6 +21,7 @@ from decoding.speculative.specdec_pp import WithHead
 from models.acceptance_head import AcceptanceHead
 from models.config import MLPConfig, MoEConfig
 from models.decoder import Decoder
+from models.sharding import MeshConfig, make_mesh, place
 from tests.conftest import tiny_config
 from tests.support.decode_reference import (
     PROMPTS,
@@ -138,6 +139,12 @@ def test_mixtures_of_experts_are_decoded_like_any_model(mixture, name):
         together = texts(fn(params, PROMPTS, row_seeds(), temperature=1.0))
         assert together != found
         assert texts(fn(params, PROMPTS[2:3], row_seeds()[2:3], temperature=1.0)) == together[2:3]
+
+
+def test_experts_spread_over_devices_write_the_same_text(mixture):
+    fn, params = made("greedy", *mixture, ROOM)
+    spread = place(params, make_mesh(MeshConfig(1, 1, 1, 2)))
+    assert texts(fn(spread, PROMPTS)) == greedy_texts(*mixture, PROMPTS, ROOM)
 
 
 @pytest.mark.parametrize("name", apart())
