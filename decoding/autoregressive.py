@@ -93,5 +93,5 @@ def make_sample(model: Decoder, options: NoOptions, stop_tokens: tuple[int, ...]
     return sampling_steps(model, stop_tokens)
 
 
-GREEDY = Method("exact", NoOptions, make_greedy)
-SAMPLE = Method("distribution", NoOptions, make_sample, temperature=1.0)
+GREEDY = Method("exact", NoOptions, make_greedy, encoders=True)
+SAMPLE = Method("distribution", NoOptions, make_sample, temperature=1.0, encoders=True)

@@ -20,7 +20,7 @@ from decoding import autoregressive
 from decoding.arguments import read_keys, read_limit, read_sampling, read_settings, whole_number
 from decoding.entropy_adaptive import ENTROPY_ADAPTIVE
 from decoding.method import Call, Method, Steps, WithDraft, target_params, with_kernels
-from decoding.prefill import Prompts, observed_prefill, pad_prompts
+from decoding.prefill import Prompts, encode_prompts, observed_prefill, pad_prompts
 from decoding.search.beam import BEAM
 from decoding.search.contrastive import CONTRASTIVE
 from decoding.search.diverse_beam import DIVERSE_BEAM
@@ -38,7 +38,7 @@ from decoding.speculative.speculative_sampling import SPECULATIVE_SAMPLING
 from decoding.speculative.token_recycling import TOKEN_RECYCLING
 from decoding.state import DecodeOutput, DecodeState, init_state
 from models.cache import KVCache
-from models.decoder import Decoder
+from models.encoder_decoder import EncoderDecoder, Network, decoder_only
 from models.errors import InputError, unknown_name
 from models.sharding import mesh_of, place_rows, replicate
 
@@ -69,7 +69,7 @@ METHODS: dict[str, Method] = {
 class Plan:
     """All that is static in a decode function: equal plans share their compiled code."""
 
-    model: Decoder
+    model: Network
     method: str
     options: Any
     room: int
@@ -81,7 +81,11 @@ class Plan:
         return METHODS[self.method].make(self.model, self.options, self.stop_tokens)
 
     def num_slots(self, bucket: int) -> int:
-        """Returns S for prompts of a bucket: room for the padded prompt, and for every new token or as asked for."""
+        """Returns S for prompts of a bucket: room for the padded prompt, and for every new token or as asked for.
+
+        Where an encoder reads the prompts, the cache holds a start token in their place.
+        """
+        bucket = 1 if isinstance(self.model, EncoderDecoder) else bucket
         return bucket + self.room + self.steps().rows - 1 if self.cache_slots is None else max(self.cache_slots, bucket)
 
 
@@ -94,14 +98,15 @@ def start(plan: Plan, params: Any, prompts: Prompts, call: Call, cache: KVCache 
         prompts: the batch.
         call: what the user has set.
         cache: one of the plan's size that holds the prompts but for their last tokens (`decoding.prefill`). None: they
-            are read here, as the method reads them; and so they are where it looks on (`Steps.looks_on`).
+            are read here, as the method reads them; and so they are where it looks on (`Steps.looks_on`), and where the
+            model has an encoder for them.
     """
-    steps, target, seen = plan.steps(), target_params(params), None
-    if cache is None or steps.looks_on:
-        slots, observer = (
-            plan.num_slots(prompts.tokens.shape[1]),
-            steps.observer or (steps.tailor and steps.tailor.observer),
-        )
+    steps, target = plan.steps(), target_params(params)
+    seen, observer = None, steps.looks_on
+    if isinstance(plan.model, EncoderDecoder):
+        cache, prompts = encode_prompts(plan.model, target, prompts, plan.num_slots(1))
+    elif cache is None or observer is not None:
+        slots = plan.num_slots(prompts.tokens.shape[1])
         cache, seen = observed_prefill(plan.model, target, prompts, slots, steps.policy.read, observer)
         prompts = prompts.replace(seen=seen)
     last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
@@ -256,17 +261,32 @@ class DecodeFn:
     ) -> tuple[Prompts, Call]:
         """Checks a call's arguments (see `__call__`) and returns them as the arrays that `decode` and `start` take."""
         padded = pad_prompts(prompts, self.plan.model.config.vocab_size)
-        batch = len(padded.lengths)
-        capacity = self._capacity(int(padded.lengths.max()), padded.tokens.shape[1], draft_prompts is None)
+        batch, held = len(padded.lengths), self._held(padded.lengths)
+        capacity = self._capacity(int(held.max()), padded.tokens.shape[1], draft_prompts is None)
         limit = read_limit(self.plan.room if max_new_tokens is None else max_new_tokens, batch, self.plan.room)
         # The newest token never enters the cache, so one more token fits than there are slots left.
-        free = capacity - padded.lengths + 1
+        free = capacity - held + 1
         method = self.plan.method
         own = {name: sampling.pop(name) for name in METHODS[method].settings if name in sampling}
         own = read_settings(METHODS[method].settings, {**self.settings, **own}, batch)
         settings = read_sampling(sampling, batch, method, METHODS[method].temperature)
         read = self._draft_prompts(draft_prompts, batch)
         return padded, Call(np.minimum(limit, free), read_keys(rng, batch), settings, self._warm(warm), read, own)
+
+    def _held(self, lengths: np.ndarray) -> np.ndarray:
+        """Returns how many tokens of each prompt the decoder holds: of those that an encoder reads, a start token.
+
+        Raises InputError where one is longer than the encoder's longest text.
+        """
+        if not isinstance(self.plan.model, EncoderDecoder):
+            return lengths
+        most = self.plan.model.config.encoder.max_length
+        if lengths.max() > most:
+            raise InputError(
+                f"the longest prompt has {lengths.max()} tokens, the encoder reads {most} at most: shorten it, or use "
+                "a model that reads more"
+            )
+        return np.ones_like(lengths)
 
     def _check_params(self, params: Any) -> None:
         drafts = METHODS[self.plan.method].drafts
@@ -329,7 +349,7 @@ class DecodeFn:
 
 
 def make_decode_fn(
-    model: Decoder,
+    model: Network,
     method: str = "greedy",
     *,
     max_new_tokens: int = 128,
@@ -362,6 +382,8 @@ def make_decode_fn(
     if not isinstance(stop_tokens, Sequence):
         raise InputError(f"stop_tokens must be a list of token ids, got {stop_tokens!r}")
     stops = tuple(sorted({whole_number("an id in stop_tokens", token) for token in stop_tokens}))
+    if not METHODS[method].encoders:
+        decoder_only(model, f"method {method!r}")
     settings = {name: options.pop(name) for name in METHODS[method].settings if name in options}
     read_settings(METHODS[method].settings, settings, 1)
     plan = Plan(model, method, _read_options(method, options), max_new_tokens, stops, cache_slots)
@@ -375,6 +397,8 @@ def _read_options(method: str, options: dict[str, Any]) -> Any:
     for name in options:
         if name not in known:
             raise unknown_name(f"option of method {method!r}", name, [*known, *METHODS[method].settings])
+    if "draft" in options:
+        decoder_only(options["draft"], "drafting")
     try:
         return METHODS[method].options(**options)
     except TypeError as error:

@@ -118,9 +118,9 @@ class Steps(NamedTuple):
     found: Callable[[DecodeState], Hypotheses | None] = lambda state: None
 
     @property
-    def looks_on(self) -> bool:
-        """Whether prompts must be read by the method itself, which wants to see something of them."""
-        return self.tailor is not None or self.observer is not None
+    def looks_on(self) -> Observer | None:
+        """What is to be seen of the prompts, which the method must then read itself; None: nothing."""
+        return self.observer or (self.tailor and self.tailor.observer)
 
 
 class Method(NamedTuple):
@@ -134,6 +134,7 @@ class Method(NamedTuple):
         temperature: the default of calls that give none; None: the method does not sample at all.
         drafts: whether it drafts with a second model: `options.draft` is then that model, `params` a `WithDraft`.
         head: whether that model may come with an acceptance head.
+        encoders: whether it also decodes models that read prompts with an encoder.
         shared: whether the rows of a batch share a choice, so that a row's text depends on who shares its batch.
         settings: what users set beside `options` without compiling anew: a number for all rows or one per row, given
             to `make_decode_fn` or to a call.
@@ -145,5 +146,6 @@ class Method(NamedTuple):
     temperature: float | None = None
     drafts: bool = False
     head: bool = False
+    encoders: bool = False
     shared: bool = False
     settings: Mapping[str, Setting] = MappingProxyType({})

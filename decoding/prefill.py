@@ -18,6 +18,7 @@ from flax import struct
 from models.attention import Attend, dense_attend
 from models.cache import KVCache, commit, init_cache
 from models.decoder import Decoder
+from models.encoder_decoder import EncoderDecoder
 from models.errors import InputError
 
 CHUNK = 512  # tokens that one prefill pass takes at most: bounds the memory of attention scores
@@ -131,6 +132,18 @@ def observed_prefill(
     seen = observer.first(prompts)
     cache, seen = _read(model, params, prompts.tokens, cache, prompts.lengths.max(), attend, seen, add, observer.of)
     return commit(cache, None, prompts.lengths - 1), seen
+
+
+def encode_prompts(model: EncoderDecoder, params: Any, prompts: Prompts, num_slots: int) -> tuple[KVCache, Prompts]:
+    """Returns a cache with the prompts in the encoder's form and room for `num_slots` tokens, and what is written so
+    far: one start token per row.
+    """
+    batch, stack = len(prompts.lengths), model.config.decoder
+    encoded = model.apply({"params": params}, prompts.tokens, prompts.lengths, method="encode")
+    dtype = params["decoder"]["embedding"]["embedding"].dtype
+    cache = init_cache([block.attention for block in stack.blocks], batch, num_slots, dtype)
+    first = jnp.full((batch, 1), model.config.start_token, jnp.int32)
+    return cache.replace(encoded=encoded), Prompts(first, jnp.ones((batch,), jnp.int32))
 
 
 def read_tokens(

@@ -22,7 +22,7 @@ def describe(config: TrainConfig) -> str:
     from finetune.dry_run import adapter_shapes, dry_run, model_shapes, render
     from finetune.objective_configs import DistillationConfig, EmoConfig
     from finetune.optimizers import make_optimizer
-    from models.decoder import Decoder
+    from models.encoder_decoder import decoder_only, network
     from models.scratch import scratch_model
     from models.sharding import abstract_mesh
     from models.weights.load import read_config
@@ -30,7 +30,7 @@ def describe(config: TrainConfig) -> str:
     if config.scratch is not None:
         model = scratch_model(config.scratch, scratch_tokenizer(config.scratch.tokenizer).vocab_size)
     else:
-        model = Decoder(read_config(config.model))
+        model = decoder_only(network(read_config(config.model)), "training")
     base, frozen = model_shapes(model, config.dtype or "float32"), {}
     if config.adapter is None:
         base, trainable, method = {}, model_shapes(model), state.full_tuning(jax.tree.map(lambda x: x.dtype, base))
@@ -43,7 +43,9 @@ def describe(config: TrainConfig) -> str:
     if isinstance(config.objective, EmoConfig):
         read = jax.ShapeDtypeStruct((model.config.width, model.config.vocab_size), jnp.float32)
     elif isinstance(config.objective, DistillationConfig):
-        read = model_shapes(Decoder(read_config(config.objective.teacher)), config.dtype or "float32")
+        read = model_shapes(
+            decoder_only(network(read_config(config.objective.teacher)), "distillation"), config.dtype or "float32"
+        )
     return render(dry_run(base, frozen, trainable, optimizer, abstract_mesh(config.mesh), read))
 
 

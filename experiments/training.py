@@ -89,6 +89,7 @@ def scratch_tokenizer(name: str) -> Tokenizer:
 
 def load_base(config: TrainConfig, mesh: Mesh) -> Base:
     """Loads the model to be trained, or makes a new one, spread over a mesh."""
+    from models.encoder_decoder import decoder_only
     from models.scratch import scratch_model
     from models.weights.load import load_model
 
@@ -96,6 +97,7 @@ def load_base(config: TrainConfig, mesh: Mesh) -> Base:
         model, params, tokenizer = load_model(config.model, config.dtype, mesh)
         if tokenizer is None:
             raise InputError(f"{config.model} has no tokenizer.json: put the model's tokenizer.json into the folder")
+        decoder_only(model, "training")
         name = Path(config.model).name
     else:
         shape = config.scratch

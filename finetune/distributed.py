@@ -5,7 +5,7 @@ Every process runs the same program on the same global arrays. What differs is w
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models.errors import InputError
-from models.sharding import ROWS, num_row_shards
+from models.sharding import AXES, ROWS, num_row_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +109,13 @@ def check_rows(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
         below = batch_size - batch_size % shards
         raise InputError(
             f"a batch of {batch_size} rows does not divide over the mesh, which spreads rows over {shards} groups of "
-            f"devices (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}): take "
+            f"devices ({_sizes(mesh, ROWS)}): take "
             f"{f'{below} or ' if below else ''}{below + shards} rows"
         )
+
+
+def _sizes(mesh: Mesh | AbstractMesh, axes: Sequence[str]) -> str:
+    return " x ".join(f"{axis} {mesh.shape[axis]}" for axis in axes)
 
 
 def row_share(mesh: Mesh) -> tuple[int, int]:
@@ -126,9 +130,9 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
     shares = sorted(set(held.values()))
     if sum(map(len, shares)) != num_row_shards(mesh) or len({len(share) for share in shares}) > 1:
         raise InputError(
-            f"the mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x tensor {mesh.shape['tensor']} cuts "
-            f"across its {len(held)} processes: choose sizes so that each process holds rows of its own, or all the "
-            "rows that another one holds (tensor a divisor or a multiple of the devices of one process)"
+            f"the mesh {_sizes(mesh, AXES)} cuts across its {len(held)} processes: choose sizes so that each process "
+            "holds rows of its own, or all the rows that another one holds (tensor a divisor or a multiple of the "
+            "devices of one process)"
         )
     return shares.index(held[jax.process_index()]), len(shares)
 

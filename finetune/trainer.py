@@ -17,7 +17,10 @@ from finetune.objectives import Objective
 from finetune.state import Batch, Constants, Method, TrainState
 from models.attention import segment_attend
 from models.decoder import Decoder
+from models.encoder_decoder import decoder_only
 from models.errors import InputError
+from models.moe import ROUTING
+from models.router_losses import router_losses
 from models.sharding import keep_rows, keep_split, num_row_shards
 
 Metrics = dict[str, jax.Array]
@@ -32,6 +35,13 @@ def features(
     return model.layers(x, positions, attend=segment_attend, ctx=segments)[0]
 
 
+def _features(model: Decoder, params: Any, batch: Batch, mesh: Mesh | None) -> tuple[jax.Array, Metrics]:
+    """Returns `features` of a micro-batch, and the losses of the model's routers, if it has any."""
+    inputs = (batch.tokens, batch.positions, batch.segments, mesh)
+    x, left = model.apply({"params": params}, *inputs, method=features, mutable=[ROUTING])
+    return x, router_losses(model.config, left.get(ROUTING, {}), batch.segments > 0)
+
+
 def summed_loss(
     model: Decoder,
     objective: Objective,
@@ -42,6 +52,8 @@ def summed_loss(
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Sums an objective over the tokens of a micro-batch that are to be predicted.
+
+    Losses of routers (`models.router_losses`) are means over a micro-batch; each of those tokens adds them once.
 
     Args:
         model: the network.
@@ -55,7 +67,7 @@ def summed_loss(
     Returns:
         (sum f32[], {name: sum of each further figure; `tokens`: how many were predicted}).
     """
-    x = model.apply({"params": params}, batch.tokens, batch.positions, batch.segments, mesh, method=features)
+    x, routing = _features(model, params, batch, mesh)
     context = objective.context(constants, batch.tokens, batch.positions, batch.segments)
     wanted = batch.targets[:, 1:] & (batch.segments[:, 1:] == batch.segments[:, :-1])
     x, context = jax.tree.map(lambda value: value[:, :-1], (x, jax.lax.stop_gradient(context)))
@@ -72,7 +84,9 @@ def summed_loss(
 
     head = {name: value for name, value in params.items() if not name.startswith("layers_")}
     total, figures = _sum_over_chunks(of, head, x, tuple(rest))
-    return total, figures | {"tokens": jnp.sum(wanted).astype(jnp.float32)}
+    tokens = jnp.sum(wanted).astype(jnp.float32)
+    routing = {name: value * tokens for name, value in routing.items()}
+    return sum(routing.values(), total), figures | routing | {"tokens": tokens}
 
 
 def _sum_over_chunks(of: Callable[..., Any], head: Any, x: jax.Array, rest: Any) -> tuple[jax.Array, Metrics]:
@@ -136,6 +150,7 @@ def make_train_step(
     its micro-batches. Metrics are f32[]: loss, the objective's further figures, grad_norm (before clipping),
     learning_rate, tokens (predicted).
     """
+    decoder_only(model, "training")
 
     def gradient(trainable, constants, batch):
         def of(trainable):

@@ -23,7 +23,7 @@ from flax import struct
 from models.cache import LayerCache, append
 from models.config import AttentionConfig, NormConfig
 from models.kernels import PRECISION
-from models.layers import Linear, Norm, rotate, softcap
+from models.layers import Linear, Norm, RelativeBias, rotate, softcap
 from pallas_kernels.dispatch import kernel_wins
 from pallas_kernels.tree_attention import MOST_WIDTH, tree_attention
 
@@ -43,8 +43,9 @@ class Attend(Protocol):
         *,
         config: AttentionConfig,
         layer: int,
+        bias: RelativeBias,
     ) -> tuple[jax.Array, LayerCache | None, Any]:
-        """Attends.
+        """Attends. Policies of models without relative positions need not know `bias`: it is then left out.
 
         Args:
             q: [B, T, H, Dh] queries, rotated.
@@ -54,6 +55,7 @@ class Attend(Protocol):
             ctx: the policy's own pytree, as the layer before left it.
             config: this layer's attention (scale, window, softcap).
             layer: this layer's index in the model.
+            bias: what is added to scores by distance.
 
         Returns:
             out [B, T, H, Dh]; the cache with the T new rows written (its length unchanged); ctx for the next layer.
@@ -79,11 +81,11 @@ class TreeRows:
     memory: Any = None
 
 
-def dense_attend(q, k, v, cache, ctx, *, config, layer):
+def dense_attend(q, k, v, cache, ctx, *, config, layer, bias=None):
     """Causal attention: the token at position p sees positions p - window + 1 to p. See `Attend` for the arguments."""
     if cache is None:
         keys, values, start = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), jnp.zeros((1,), jnp.int32)
-    elif q.shape[1] == 1 and _kernel_wins(cache, 1):
+    elif bias is None and q.shape[1] == 1 and _kernel_wins(cache, 1):
         row = TreeRows(jnp.ones((1, 1, 1), bool), jnp.zeros((1, 1), jnp.int32))
         return *tree_attend(q, k, v, cache, row, config=config, layer=layer)[:2], ctx
     else:
@@ -94,7 +96,25 @@ def dense_attend(q, k, v, cache, ctx, *, config, layer):
     visible = slots <= positions
     if config.window is not None:
         visible &= slots > positions - config.window
-    return masked_attention(q, keys, values, visible, config), cache, ctx
+    added = None if bias is None else bias(slots - positions)
+    return masked_attention(q, keys, values, visible, config, added), cache, ctx
+
+
+def bidirectional_attend(q, k, v, cache, ctx, *, config, layer, bias=None):
+    """Attention of an encoder: every token sees all of its text. See `Attend` for the other arguments.
+
+    `ctx` is i32[B], the tokens of each row's text; what stands behind is padding, and seen by nobody. Takes no cache.
+    """
+    places = jnp.arange(q.shape[1])
+    added = None if bias is None else bias((places[None, :] - places[:, None])[None])
+    out = attend_to(q, LayerCache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), ctx), config, added)
+    return out, cache, ctx
+
+
+def attend_to(q: jax.Array, text: LayerCache, config: AttentionConfig, added: jax.Array | None = None) -> jax.Array:
+    """Returns what queries [B, T, H, Dh] find in a whole text, [B, T, H, Dh]; see `masked_attention` for `added`."""
+    visible = jnp.arange(text.k.shape[2])[None, None, :] < text.length[:, None, None]
+    return masked_attention(q, text.k, text.v, visible, config, added)
 
 
 def segment_attend(q, k, v, cache, ctx, *, config, layer):
@@ -165,7 +185,12 @@ def visible_slots(start: jax.Array, rows: TreeRows, num_new: int, num_slots: int
 
 
 def masked_attention(
-    q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array, config: AttentionConfig
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    visible: jax.Array,
+    config: AttentionConfig,
+    added: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention in float32: the reference that every faster form is tested against.
 
@@ -173,13 +198,16 @@ def masked_attention(
         q: [B, T, H, Dh].
         keys: [B, K, S, Dh]. Query head h reads key head h // G.
         values: [B, K, S, Dh]. Hidden slots must be finite.
-        visible: bool[B or 1, T, S]; each query must see at least one slot.
+        visible: bool[B or 1, T or 1, S]; each query must see at least one slot.
         config: scale and softcap.
+        added: f32[B or 1, H, T, S], to the scores.
 
     Returns:
         [B, T, H, Dh] in q's dtype.
     """
     scores = attention_scores(q, keys, config)
+    if added is not None:
+        scores = scores + rearrange(added, "b (k g) t s -> b k g t s", k=config.num_kv_heads)
     return attention_output(visible_softmax(scores, visible[:, None, None]), values).astype(q.dtype)
 
 
@@ -226,17 +254,46 @@ class Attention(nn.Module):
     norm: NormConfig
 
     @nn.compact
-    def __call__(self, x, rotary, cache, attend: Attend, ctx, layer: int):
+    def __call__(self, x, rotary, cache, attend: Attend, ctx, layer: int, bias: RelativeBias | None = None):
         """Returns (out [B, T, D], cache, ctx); `rotary` is the `rotary_table` at the tokens' positions, or None."""
         config = self.config
         query_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        q = rearrange(Linear(query_width, config.qkv_bias, name="q")(x), "b t (h d) -> b t h d", d=config.head_dim)
-        k = rearrange(Linear(kv_width, config.qkv_bias, name="k")(x), "b t (h d) -> b t h d", d=config.head_dim)
-        v = rearrange(Linear(kv_width, config.qkv_bias, name="v")(x), "b t (h d) -> b t h d", d=config.head_dim)
-        if config.qk_norm:
+        q, k = Linear(query_width, config.qkv_bias, name="q")(x), Linear(kv_width, config.qkv_bias, name="k")(x)
+        v = Linear(kv_width, config.qkv_bias, name="v")(x)
+        if config.qk_norm == "joint":
+            q, k = Norm(self.norm, name="q_norm")(q), Norm(self.norm, name="k_norm")(k)
+        q, k, v = (rearrange(y, "b t (h d) -> b t h d", d=config.head_dim) for y in (q, k, v))
+        if config.qk_norm is True:
             q, k = Norm(self.norm, name="q_norm")(q), Norm(self.norm, name="k_norm")(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        out, cache, ctx = attend(q, k, v, cache, ctx, config=config, layer=layer)
+        more = {} if bias is None else {"bias": bias}
+        out, cache, ctx = attend(q, k, v, cache, ctx, config=config, layer=layer, **more)
         out = Linear(x.shape[-1], config.out_bias, name="o")(rearrange(out, "b t h d -> b t (h d)"))
         return out, cache, ctx
+
+
+class CrossAttention(nn.Module):
+    """Attention to what an encoder has read, without positions: [B, T, D] -> [B, T, D]."""
+
+    config: AttentionConfig
+    width: int  # D
+
+    def setup(self) -> None:
+        """Makes the projections."""
+        config = self.config
+        self.q = Linear(config.num_heads * config.head_dim, config.qkv_bias)
+        self.k = Linear(config.num_kv_heads * config.head_dim, config.qkv_bias)
+        self.v = Linear(config.num_kv_heads * config.head_dim, config.qkv_bias)
+        self.o = Linear(self.width, config.out_bias)
+
+    def __call__(self, x: jax.Array, text: LayerCache) -> jax.Array:
+        """Returns what x [B, T, D] finds in a text, of which `text` has the keys and values."""
+        q = rearrange(self.q(x), "b t (h d) -> b t h d", d=self.config.head_dim)
+        return self.o(rearrange(attend_to(q, text, self.config), "b t h d -> b t (h d)"))
+
+    def keys_values(self, encoded: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the keys and values [B, K, S, Dh] of an encoder's output [B, S, D]."""
+        return tuple(
+            rearrange(project(encoded), "b s (k d) -> b k s d", d=self.config.head_dim) for project in (self.k, self.v)
+        )

@@ -39,6 +39,25 @@ class LayerCache:
 
 
 @struct.dataclass
+class Encoded:
+    """A text as a decoder's cross attention reads it: made once, never changed.
+
+    Attributes:
+        k: one [B, K, S, Dh] array of keys per layer; None for layers that do not attend to it.
+        v: the same of values.
+        length: i32[B], the text's tokens; later slots are padding.
+    """
+
+    k: tuple[jax.Array | None, ...]
+    v: tuple[jax.Array | None, ...]
+    length: jax.Array
+
+    def layer(self, index: int) -> LayerCache:
+        """Returns the part of layer `index`."""
+        return LayerCache(self.k[index], self.v[index], self.length)
+
+
+@struct.dataclass
 class KVCache:
     """The cache of a whole model.
 
@@ -46,11 +65,13 @@ class KVCache:
         k: one [B, K, S, Dh] array per layer.
         v: one [B, K, S, Dh] array per layer.
         length: i32[B], tokens already in the cache.
+        encoded: what an encoder has read, or None where there is none.
     """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
     length: jax.Array
+    encoded: Encoded | None = None
 
     @property
     def num_slots(self) -> int:

@@ -50,6 +50,23 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RelativeConfig:
+    """Learned biases on the scores by how far a key lies from its query (T5, 1910.10683, section 2.1).
+
+    Distances fall into buckets: half of them hold one distance each, the others ever longer spans.
+
+    Attributes:
+        num_buckets: how many; for keys behind and ahead together.
+        max_distance: tokens; from here on all share the last bucket.
+        bidirectional: whether keys ahead of the query have buckets of their own; else they share that of distance 0.
+    """
+
+    num_buckets: int = 32
+    max_distance: int = 128
+    bidirectional: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     """One attention layer.
 
@@ -59,8 +76,9 @@ class AttentionConfig:
         head_dim: Dh.
         qkv_bias: whether q, k and v have biases.
         out_bias: whether the output projection has one.
-        qk_norm: whether q and k pass an RMSNorm over Dh before the rotation.
+        qk_norm: whether q and k pass an RMSNorm before the rotation, over each head's Dh or, "joint", over all heads.
         rope: rotary positions, or None (learned positions, or none at all).
+        relative: biases by distance, one table for all layers of a stack, or None.
         scale: factor on q k^T; None means Dh ** -0.5.
         window: a query sees the last `window` positions, itself included; None means all.
         softcap: scores become softcap * tanh(scores / softcap); None means no cap.
@@ -71,8 +89,9 @@ class AttentionConfig:
     head_dim: int
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool | Literal["joint"] = False
     rope: RopeConfig | None = RopeConfig()
+    relative: RelativeConfig | None = None
     scale: float | None = None
     window: int | None = None
     softcap: float | None = None
@@ -95,6 +114,46 @@ class MLPConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Experts in place of an MLP (`models.moe`).
+
+    Attributes:
+        num_experts: E.
+        top_k: K, how many of them a token goes to.
+        expert: the shape of each.
+        normalise: whether the weights of a token's K experts add up to one.
+        shared: an expert that every token goes to, times a sigmoid gate; None: there is none.
+        router: `learned`, a linear layer; or `sparsity`, by how few neurons of an expert are expected to fire (MoE-X).
+        form: how it is computed (`models.moe`); None: what is fastest on this kind of device.
+        capacity_factor: in the form `capacity`, rows of an expert's buffer over N K / E; E / K has room for all.
+        balance_weight: of the balance loss in training.
+        z_weight: of the z-loss of the router in training.
+    """
+
+    num_experts: int
+    top_k: int
+    expert: MLPConfig
+    normalise: bool = True
+    shared: MLPConfig | None = None
+    router: Literal["learned", "sparsity"] = "learned"
+    form: Literal["dense", "capacity", "ragged", "loop"] | None = None
+    capacity_factor: float = 1.25
+    balance_weight: float = 0.01
+    z_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.num_experts:
+            raise InputError(f"top_k must be 1 to num_experts, {self.num_experts}; got {self.top_k}")
+        if self.expert.bias:
+            raise InputError("experts have no biases here: leave out expert.bias")
+        if self.router == "sparsity" and (self.expert.gated or self.expert.activation != "relu"):
+            raise InputError(
+                "the sparsity router counts neurons that a relu lets through: experts must be relu and not gated, got "
+                f"activation {self.expert.activation!r}, gated {self.expert.gated}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class NormConfig:
     """RMSNorm (`rms`) or LayerNorm with bias (`layer`)."""
 
@@ -104,12 +163,17 @@ class NormConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """One pre-norm transformer block; `post_norms` adds a norm at the end of each branch (Gemma 2 and 3)."""
+    """One pre-norm transformer block.
+
+    `post_norms` adds a norm at the end of each branch (Gemma 2 and 3), `cross` a branch between attention and MLP that
+    attends to what an encoder has read.
+    """
 
     attention: AttentionConfig
-    mlp: MLPConfig
+    mlp: MLPConfig | MoEConfig
     norm: NormConfig = NormConfig()
     post_norms: bool = False
+    cross: AttentionConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +191,7 @@ class DecoderConfig:
         embedding_scale: factor on the embeddings (Gemma: sqrt(D)).
         learned_positions: whether a table of `max_length` learned positions is added to the embeddings (GPT-2).
         logit_softcap: logits become softcap * tanh(logits / softcap); None means no cap.
+        logit_scale: factor on the logits (T5 with tied embeddings: D ** -0.5).
     """
 
     family: str
@@ -139,6 +204,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     learned_positions: bool = False
     logit_softcap: float | None = None
+    logit_scale: float = 1.0
 
     @property
     def num_layers(self) -> int:
@@ -146,16 +212,56 @@ class DecoderConfig:
         return len(self.blocks)
 
 
-def config_to_dict(config: DecoderConfig) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderConfig:
+    """A model that reads a text with one stack and writes another with a second one that attends to it.
+
+    Attributes:
+        encoder: the stack that reads; it has no embedding of its own, its `max_length` is the longest text it takes.
+        decoder: the stack that writes, with embeddings; its blocks have `cross`.
+        start_token: what the written text begins with (not part of it).
+    """
+
+    encoder: DecoderConfig
+    decoder: DecoderConfig
+    start_token: int = 0
+
+    @property
+    def family(self) -> str:
+        """The architecture's name in `models.families`."""
+        return self.decoder.family
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.decoder.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest text that is written, the start token included."""
+        return self.decoder.max_length
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the embedding also gives the logits."""
+        return self.decoder.tied_embeddings
+
+
+ModelConfig = DecoderConfig | EncoderDecoderConfig
+
+
+def config_to_dict(config: ModelConfig) -> dict[str, Any]:
     """Returns the config as plain JSON values; `config_from_dict` reads them back to an equal config."""
     return dataclasses.asdict(config)
 
 
-def config_from_dict(values: dict[str, Any]) -> DecoderConfig:
+def config_from_dict(values: dict[str, Any]) -> ModelConfig:
     """Reads what `config_to_dict` wrote; raises InputError for a field that is missing or of the wrong type."""
+    kind = EncoderDecoderConfig if isinstance(values, dict) and "encoder" in values else DecoderConfig
     try:
-        return pydantic.TypeAdapter(DecoderConfig).validate_python(values)
+        return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
+        found = error.errors()  # of a union: of each of its kinds, and what is merely missing may be another kind's
+        first = next((problem for problem in found if problem["type"] != "missing"), found[0])
+        path = ".".join(str(part) for part in first["loc"] if not str(part)[:1].isupper())
         raise InputError(f"model config: {path}: {first['msg']}, got {first['input']!r:.80}") from error

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from models.attention import Attend, Attention, dense_attend
-from models.cache import KVCache
-from models.config import BlockConfig, DecoderConfig
-from models.layers import MLP, Embedding, Linear, Norm, rotary_table, softcap
+from models.attention import Attend, Attention, CrossAttention, dense_attend
+from models.cache import Encoded, KVCache, LayerCache
+from models.config import AttentionConfig, BlockConfig, DecoderConfig, MoEConfig
+from models.layers import MLP, Embedding, Linear, Norm, RelativeBias, relative_buckets, rotary_table, softcap
+from models.moe import MoE
 
 
 @struct.dataclass
@@ -42,27 +43,34 @@ class Block(nn.Module):
     """One pre-norm transformer block: [B, T, D] -> [B, T, D]."""
 
     config: BlockConfig
+    width: int  # D
 
-    @nn.compact
-    def __call__(self, x, rotary, cache, attend: Attend, ctx, layer: int):
-        """Returns (x, cache, ctx) after the block; see `models.attention.Attention`."""
+    def setup(self) -> None:
+        """Makes the branches and their norms."""
         config = self.config
-        normed = Norm(config.norm, name="attention_norm")(x)
-        attention = Attention(config.attention, config.norm, name="attention")
-        out, cache, ctx = attention(normed, rotary, cache, attend, ctx, layer)
+        self.attention_norm, self.mlp_norm = Norm(config.norm), Norm(config.norm)
+        self.attention = Attention(config.attention, config.norm)
+        self.mlp = (MoE if isinstance(config.mlp, MoEConfig) else MLP)(config.mlp)
         if config.post_norms:
-            out = Norm(config.norm, name="post_attention_norm")(out)
-        x = x + out
-        out = MLP(config.mlp, name="mlp")(Norm(config.norm, name="mlp_norm")(x))
-        if config.post_norms:
-            out = Norm(config.norm, name="post_mlp_norm")(out)
-        return x + out, cache, ctx
+            self.post_attention_norm, self.post_mlp_norm = Norm(config.norm), Norm(config.norm)
+        if config.cross is not None:
+            self.cross_norm, self.cross = Norm(config.norm), CrossAttention(config.cross, self.width)
+
+    def __call__(self, x, rotary, cache, attend: Attend, ctx, layer: int, bias=None, text: LayerCache | None = None):
+        """Returns (x, cache, ctx) after the block: see `models.attention.Attention`, and `CrossAttention` for text."""
+        out, cache, ctx = self.attention(self.attention_norm(x), rotary, cache, attend, ctx, layer, bias)
+        x = x + (self.post_attention_norm(out) if self.config.post_norms else out)
+        if self.config.cross is not None:
+            x = x + self.cross(self.cross_norm(x), text)
+        out = self.mlp(self.mlp_norm(x))
+        return x + (self.post_mlp_norm(out) if self.config.post_norms else out), cache, ctx
 
 
 class Decoder(nn.Module):
     """A decoder-only transformer.
 
-    Parameters: `embedding`, `positions` (when learned), `layers_0`.., `final_norm`, `unembedding` (when not tied).
+    Parameters: `embedding`, `positions` (when learned), `layers_0`.., `relative_bias` (where blocks have one; it is the
+    same for all), `final_norm`, `unembedding` (when not tied).
     With `remat`, a backward pass computes each block again from what entered it, in place of keeping what is inside.
     """
 
@@ -77,7 +85,11 @@ class Decoder(nn.Module):
             self.positions = Embedding(config.max_length, config.width)
         block_class = nn.remat(Block, static_argnums=(4, 6)) if self.remat else Block
         for index, block in enumerate(config.blocks):
-            setattr(self, f"layers_{index}", block_class(block))
+            setattr(self, f"layers_{index}", block_class(block, config.width))
+        relative = {(b.attention.relative, b.attention.num_heads) for b in config.blocks if b.attention.relative}
+        if relative:
+            ((table, heads),) = relative
+            self.relative_bias = Embedding(table.num_buckets, heads)
         self.final_norm = Norm(config.norm)
         if not config.tied_embeddings:
             self.unembedding = Linear(config.vocab_size, dtype=jnp.float32)
@@ -90,11 +102,12 @@ class Decoder(nn.Module):
         attend: Attend = dense_attend,
         ctx: Any = None,
         collect: tuple[int, ...] = (),
+        encoded: Encoded | None = None,
     ) -> Output:
         """Runs the whole model on tokens i32[B, T]; see `layers` for the arguments and `Output` for what comes back."""
         positions = next_positions(tokens, cache) if positions is None else positions
         x = self.embed(tokens, positions)
-        x, hidden, cache, aux = self.layers(x, positions, cache, attend, ctx, collect=collect)
+        x, hidden, cache, aux = self.layers(x, positions, cache, attend, ctx, collect=collect, encoded=encoded)
         return Output(self.unembed(x), hidden, cache, aux)
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
@@ -114,6 +127,7 @@ class Decoder(nn.Module):
         start: int = 0,
         stop: int | None = None,
         collect: tuple[int, ...] = (),
+        encoded: Encoded | None = None,
     ) -> tuple[jax.Array, dict[int, jax.Array], KVCache | None, Any]:
         """Runs blocks start..stop-1.
 
@@ -126,6 +140,7 @@ class Decoder(nn.Module):
             start: first block to run.
             stop: one past the last block to run; None runs to the end.
             collect: which residual streams to return, by the index of the block they enter (L: after the last one).
+            encoded: the text that cross attention reads, where no cache holds it.
 
         Returns:
             (x, {i: hidden}, cache, ctx) after block stop-1.
@@ -133,25 +148,39 @@ class Decoder(nn.Module):
         stop = self.config.num_layers if stop is None else stop
         ropes = {(b.attention.rope, b.attention.head_dim) for b in self.config.blocks[start:stop]}
         tables = {rope: rotary_table(*rope, positions) for rope in ropes if rope[0] is not None}
+        encoded = encoded if cache is None else cache.encoded
         hidden = {}
         for index in range(start, stop):
             if index in collect:
                 hidden[index] = x
-            attention = self.config.blocks[index].attention
+            config = self.config.blocks[index]
+            attention, bias = config.attention, self._bias(config.attention)
             layer_cache = None if cache is None else cache.layer(index)
             block = getattr(self, f"layers_{index}")
             rotary = tables.get((attention.rope, attention.head_dim))
-            x, layer_cache, ctx = block(x, rotary, layer_cache, attend, ctx, index)
+            text = None if config.cross is None else encoded.layer(index)
+            x, layer_cache, ctx = block(x, rotary, layer_cache, attend, ctx, index, bias, text)
             cache = None if cache is None else cache.with_layer(index, layer_cache)
         if stop in collect:
             hidden[stop] = x
         return x, hidden, cache, ctx
 
+    def encoded(self, x: jax.Array, lengths: jax.Array) -> Encoded:
+        """Returns an encoder's output [B, S, D], of texts of i32[B] tokens, as the cross attention of all layers."""
+        layers = [getattr(self, f"layers_{index}") for index in range(self.config.num_layers)]
+        pairs = [(None, None) if layer.config.cross is None else layer.cross.keys_values(x) for layer in layers]
+        return Encoded(*(tuple(values) for values in zip(*pairs, strict=True)), lengths)
+
+    def _bias(self, attention: AttentionConfig) -> RelativeBias | None:
+        if attention.relative is None:
+            return None
+        return RelativeBias(jnp.take(self.relative_bias.embedding, relative_buckets(attention.relative), axis=1))
+
     def unembed(self, x: jax.Array) -> jax.Array:
         """Maps the residual stream after the last block, [..., D], to logits f32[..., V]."""
         x = self.final_norm(x)
         logits = self.embedding.scores(x) if self.config.tied_embeddings else self.unembedding(x)
-        return softcap(logits, self.config.logit_softcap)
+        return softcap(logits * self.config.logit_scale, self.config.logit_softcap)
 
 
 def next_positions(tokens: jax.Array, cache: KVCache | None) -> jax.Array:

@@ -11,17 +11,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from models.config import MLPConfig, NormConfig, RopeConfig, RopeScaling
+from models.config import MLPConfig, NormConfig, RelativeConfig, RopeConfig, RopeScaling
 from models.kernels import as_kernel
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "silu": nn.silu,
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
     "relu": nn.relu,
 }
-_kernel_init = nn.initializers.normal(0.02)
+kernel_init = nn.initializers.normal(0.02)
 
 
 class Linear(nn.Module):
@@ -38,7 +39,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [..., I] to [..., features]."""
-        kernel = self._entry("kernel", _kernel_init, (x.shape[-1], self.features))
+        kernel = self._entry("kernel", kernel_init, (x.shape[-1], self.features))
         y = as_kernel(kernel).dot(x, self.dtype)
         if self.use_bias:
             y = y + _along_last(self._entry("bias", nn.initializers.zeros, (self.features,)), y)
@@ -84,7 +85,7 @@ class Embedding(nn.Module):
 
     def setup(self) -> None:
         """Makes the table, [width, num]."""
-        self.embedding = self.param("embedding", _kernel_init, (self.width, self.num))
+        self.embedding = self.param("embedding", kernel_init, (self.width, self.num))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Looks up ids i32[...], giving [..., width]."""
@@ -107,7 +108,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [..., D] to [..., D]."""
-        width, bias, activation = self.config.width, self.config.bias, _ACTIVATIONS[self.config.activation]
+        width, bias, activation = self.config.width, self.config.bias, ACTIVATIONS[self.config.activation]
         inner = Linear(width, bias, name="up")(x)
         if self.config.gated:
             # A backward pass makes the product again from its two factors: nothing in between is kept.
@@ -140,6 +141,43 @@ def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     cos, sin = table
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+@struct.dataclass
+class RelativeBias:
+    """What is added to attention scores by how far a key lies ahead of its query.
+
+    Attributes:
+        by_offset: f32[H, 2 M + 1], for offsets -M to M; beyond, the last of each side counts.
+    """
+
+    by_offset: jax.Array
+
+    def __call__(self, offsets: jax.Array) -> jax.Array:
+        """Returns f32[B, H, T, S] for offsets i32[B, T, S], key position minus query position."""
+        most = self.by_offset.shape[1] // 2
+        places = jnp.clip(offsets, -most, most) + most
+        return jnp.moveaxis(jnp.take(self.by_offset.astype(jnp.float32), places, axis=1), 0, 1)
+
+
+def relative_buckets(config: RelativeConfig) -> np.ndarray:
+    """Returns i32[2 M + 1]: the bucket of each offset, key position minus query position, from -M to M.
+
+    M is `max_distance`. Computed in float32, as T5 has it: a boundary may depend on it.
+    """
+    offsets = np.arange(-config.max_distance, config.max_distance + 1)
+    num, ahead = config.num_buckets, 0
+    if config.bidirectional:
+        num //= 2
+        ahead = num * (offsets > 0)
+        distance = np.abs(offsets)
+    else:
+        distance = np.maximum(-offsets, 0)
+    exact = num // 2
+    ratio = np.log(np.maximum(distance, exact).astype(np.float32) / np.float32(exact))
+    steps = ratio / np.float32(math.log(config.max_distance / exact)) * np.float32(num - exact)
+    far = np.minimum(exact + steps.astype(np.int32), num - 1)
+    return (ahead + np.where(distance < exact, distance, far)).astype(np.int32)
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:

@@ -1,9 +1,10 @@
 """Where arrays live on many devices: one mesh, one table of rules, and functions that make arrays in place.
 
-The mesh has three axes. Rows of a batch are spread over `data` and `fsdp`, parameters over `fsdp` and `tensor`; the
-optimiser's state follows its values. A rule names axes for each dimension of the arrays whose path it matches; an array
-without a rule, and a dimension that its axis does not divide, is not split. XLA's partitioner does the rest (axis type
-Auto): no layer knows of devices, and what is computed does not depend on the mesh.
+The mesh has four axes. Rows of a batch are spread over `data`, `fsdp` and `expert`, parameters over `fsdp` and
+`tensor`, the experts of a mixture over `expert`; the optimiser's state follows its values. A rule names axes for each
+dimension of the arrays whose path it matches; an array without a rule, and a dimension that its axis does not divide,
+is not split (but experts must divide). XLA's partitioner does the rest (axis type Auto): no layer knows of devices, and
+what is computed does not depend on the mesh.
 
 An adapter's factors are split where their kernel is over `tensor`, but not over `fsdp`: they are small, and gathering
 them doubles the number of collectives of a step.
@@ -22,13 +23,15 @@ from jax.sharding import PartitionSpec as P
 
 from models.errors import InputError
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # the axes that rows of a batch are spread over
+AXES = ("data", "fsdp", "expert", "tensor")
+ROWS = ("data", "fsdp", "expert")  # the axes that rows of a batch are spread over
 
 _SPLIT_OUT = r"(^|/)(q|k|v|gate|up)"  # layers whose outputs are split over `tensor`
 _SPLIT_IN = r"(^|/)(o|down)"  # layers that take these as inputs
 _KERNEL = r"(/kernel(/base)*)"
 RULES: tuple[tuple[str, P], ...] = (  # the end of a path, axes for each dimension; the first that matches counts
+    (r"(^|/)experts_(up|gate)", P("expert", "fsdp", "tensor")),
+    (r"(^|/)experts_down", P("expert", "tensor", "fsdp")),
     (rf"{_SPLIT_OUT}{_KERNEL}", P("fsdp", "tensor")),
     (rf"{_SPLIT_OUT}{_KERNEL}?/b", P(None, "tensor")),
     (rf"{_SPLIT_OUT}/bias", P("tensor")),
@@ -47,28 +50,31 @@ class MeshConfig:
         data: rows of a batch are spread over it; every device along it holds the same parameters.
         fsdp: rows and parameters are spread over it; a layer's parameters are gathered when it runs.
         tensor: parameters are spread over it, and each device computes with its share of heads and features.
+        expert: rows and the experts of a mixture are spread over it; every device along it holds the same of all other
+            parameters.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    expert: int = 1
 
     def __post_init__(self) -> None:
         sizes = self.sizes
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
             raise InputError(
                 f"the mesh needs at least 1 device along each of {', '.join(AXES)}, or -1 along one of them for all "
-                f"that are left; got {sizes[0]}, {sizes[1]}, {sizes[2]}"
+                f"that are left; got {', '.join(map(str, sizes))}"
             )
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
-        """(data, fsdp, tensor) as given."""
-        return self.data, self.fsdp, self.tensor
+    def sizes(self) -> tuple[int, ...]:
+        """The size along each of `AXES` as given."""
+        return tuple(getattr(self, axis) for axis in AXES)
 
 
-def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
-    """Returns (data, fsdp, tensor) without -1; raises InputError where their product is not `num_devices`."""
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """Returns the size along each of `AXES`, without -1; raises InputError where their product is not `num_devices`."""
     named = math.prod(size for size in config.sizes if size != -1)
     shape = tuple(num_devices // named if size == -1 else size for size in config.sizes)
     if math.prod(shape) != num_devices or 0 in shape:
@@ -189,6 +195,11 @@ def _dividing(
 ) -> str | tuple[str, ...] | None:
     """Returns those of the wanted axes that split a dimension evenly, as a `PartitionSpec` writes them."""
     kept: list[str] = []
+    if wanted == "expert" and size % mesh.shape[wanted]:
+        raise InputError(
+            f"{size} experts cannot be spread evenly over {mesh.shape[wanted]} devices: make the mesh's size along "
+            f"'expert' one that divides {size}"
+        )
     for axis in (wanted,) if isinstance(wanted, str) else wanted or ():
         if mesh.shape[axis] > 1 and size % math.prod(mesh.shape[name] for name in (*kept, axis)) == 0:
             kept.append(axis)

@@ -40,7 +40,7 @@ from decoding.sparse.neuron_clusters import Clusters, cluster_neurons
 from decoding.sparse.steps import SparseOptions, policy_steps
 from decoding.speculative.loop import TREE
 from decoding.thresholds import highest, ordered
-from models.config import DecoderConfig
+from models.config import DecoderConfig, MoEConfig
 from models.decoder import Decoder
 from models.errors import InputError, unknown_name
 from models.kernels import PRECISION, Kernel, select
@@ -100,6 +100,11 @@ def sparse_layers(config: DecoderConfig, options: CoreInferOptions) -> range:
     if not 0 <= first <= last < num_layers:
         raise InputError(
             f"first and last must be layers of the model, 0 to {num_layers - 1}, in this order; got {first} and {last}"
+        )
+    if any(isinstance(config.blocks[layer].mlp, MoEConfig) for layer in range(first, last + 1)):
+        raise InputError(
+            f"core_infer chooses neurons of plain MLPs, and layers {first} to {last} of this {config.family} model are "
+            "mixtures of experts: choose another method"
         )
     narrowest = min(config.blocks[layer].mlp.width for layer in range(first, last + 1))
     if int(options.beta * narrowest) < 1:

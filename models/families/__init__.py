@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.errors import unknown_name
-from models.families import gemma3, gpt2, llama, mistral, qwen2, qwen3
+from models.families import gemma3, gpt2, llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe, t5
 from models.families.common import Family
 
 FAMILIES: dict[str, Family] = {
@@ -12,8 +12,13 @@ FAMILIES: dict[str, Family] = {
     "gpt2": gpt2.FAMILY,
     "llama": llama.FAMILY,
     "mistral": mistral.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "olmoe": olmoe.FAMILY,
     "qwen2": qwen2.FAMILY,
+    "qwen2_moe": qwen2_moe.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
+    "t5": t5.FAMILY,
 }
 
 

@@ -1,9 +1,10 @@
 """What the family files share: the row type of a name table, the tables most families start from, and config helpers.
 
 A name table maps each of our parameter paths to the tensor it comes from and how that tensor is turned around. `{i}`
-stands for the layer. Sources are named without the prefixes in `PREFIXES`, which checkpoints carry or not, depending on
-who saved them. A table may have rows that a config does not use (biases, an untied unembedding); every source tensor
-and every parameter must be used exactly once.
+stands for the layer, `{e}` for an expert: a parameter that has it is made of all experts' tensors, stacked. Where
+checkpoints differ in a tensor's name, a source has several, with | between them. Sources are named without the prefixes
+in `PREFIXES`, which checkpoints carry or not, depending on who saved them. A table may have rows that a config does not
+use (biases, an untied unembedding); every source tensor and every parameter must be used exactly once.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from models.config import AttentionConfig, DecoderConfig, RopeConfig, RopeScaling
+from models.config import AttentionConfig, ModelConfig, RopeConfig, RopeScaling
 from models.errors import InputError
 
 PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.", "transformer.")
@@ -43,7 +44,7 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]
-    read_config: Callable[[Mapping[str, Any]], DecoderConfig]
+    read_config: Callable[[Mapping[str, Any]], ModelConfig]
     hf: Mapping[str, Row]
     gguf: Mapping[str, Row]
     ignored: tuple[str, ...] = ()
@@ -95,6 +96,18 @@ LLAMA_HF: dict[str, Row] = {
     },
     **{f"layers_{{i}}/mlp/{x}/bias": Row(f"layers.{{i}}.mlp.{x}_proj.bias", keep) for x in ("gate", "up", "down")},
 }
+
+
+def experts_hf(block: str, names: Mapping[str, str]) -> dict[str, Row]:
+    """Returns the rows of a mixture of experts that stands under `block`; `names` are those of up, gate and down."""
+    return {
+        "layers_{i}/mlp/router/kernel": Row(f"layers.{{i}}.{block}.gate.weight", transpose),
+        **{
+            f"layers_{{i}}/mlp/experts_{ours}": Row(f"layers.{{i}}.{block}.experts.{{e}}.{theirs}.weight", transpose)
+            for ours, theirs in names.items()
+        },
+    }
+
 
 _GGUF_ATTENTION = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from models.config import DecoderConfig
-from models.decoder import Decoder
+from models.config import ModelConfig
+from models.encoder_decoder import Network, network
 from models.errors import InputError, unknown_name
 from models.weights import gguf, orbax, safetensors
 from models.weights.fetch import fetch
@@ -18,7 +18,7 @@ from models.weights.tokenizer import Tokenizer, check_vocabulary
 class LoadedModel(NamedTuple):
     """A network, its parameters and its tokenizer (None where the folder has none)."""
 
-    model: Decoder
+    model: Network
     params: dict[str, Any]
     tokenizer: Tokenizer | None
 
@@ -43,10 +43,10 @@ def load_model(name: str | Path, dtype: str | None = None, mesh: Mesh | None = N
     config, params, tokenizer = (_load_gguf if path.is_file() else _load_folder)(path, wanted, mesh)
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.vocab_size)
-    return LoadedModel(Decoder(config), params, tokenizer)
+    return LoadedModel(network(config), params, tokenizer)
 
 
-def read_config(name: str | Path) -> DecoderConfig:
+def read_config(name: str | Path) -> ModelConfig:
     """Returns the config of a model, named as for `load_model`, without reading its weights."""
     path = find_model(name)
     if path.is_file():
@@ -66,16 +66,14 @@ def find_model(name: str | Path) -> Path:
     raise unknown_name("model", str(name), MODELS)
 
 
-def _load_gguf(
-    path: Path, dtype: jnp.dtype | None, mesh: Mesh | None
-) -> tuple[DecoderConfig, dict[str, Any], Tokenizer]:
+def _load_gguf(path: Path, dtype: jnp.dtype | None, mesh: Mesh | None) -> tuple[ModelConfig, dict[str, Any], Tokenizer]:
     file = gguf.GGUFFile(path)
     return file.config, gguf.load_parameters(file, dtype, mesh), Tokenizer.from_gguf(file.fields)
 
 
 def _load_folder(
     folder: Path, dtype: jnp.dtype | None, mesh: Mesh | None
-) -> tuple[DecoderConfig, dict[str, Any], Tokenizer | None]:
+) -> tuple[ModelConfig, dict[str, Any], Tokenizer | None]:
     source = orbax if (folder / orbax.CONFIG_NAME).exists() else safetensors
     config = source.read_config(folder)
     params = source.load_parameters(folder, config, dtype, mesh)

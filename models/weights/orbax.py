@@ -16,8 +16,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from models.config import DecoderConfig, config_from_dict, config_to_dict
-from models.decoder import Decoder
+from models.config import ModelConfig, config_from_dict, config_to_dict
+from models.encoder_decoder import Network, network
 from models.errors import InputError
 from models.sharding import abstract
 from models.weights.assemble import parameter_shapes
@@ -30,7 +30,7 @@ _FORMAT = 1
 
 
 def save_model(
-    folder: Path | str, model: Decoder, params: Any, tokenizer: Tokenizer | None = None, *, replace: bool = False
+    folder: Path | str, model: Network, params: Any, tokenizer: Tokenizer | None = None, *, replace: bool = False
 ) -> None:
     """Writes a model folder that `load_model` reads; dtypes are kept.
 
@@ -64,7 +64,7 @@ def save_model(
             tokenizer.save(staging)
 
 
-def read_config(folder: Path) -> DecoderConfig:
+def read_config(folder: Path) -> ModelConfig:
     """Returns the config of a model folder; raises InputError when it is of a newer format or damaged."""
     values = read_json(folder / CONFIG_NAME)
     if values.get("format") != _FORMAT:
@@ -73,14 +73,14 @@ def read_config(folder: Path) -> DecoderConfig:
 
 
 def load_parameters(
-    folder: Path, config: DecoderConfig, dtype: jnp.dtype | None, mesh: Mesh | None = None
+    folder: Path, config: ModelConfig, dtype: jnp.dtype | None, mesh: Mesh | None = None
 ) -> dict[str, Any]:
     """Returns the parameter tree of a model folder, in `dtype` (None: as stored), spread over a mesh if given."""
     path = folder.absolute() / "params"
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             stored = flatten_dict(checkpointer.metadata(path).item_metadata.tree, sep="/")
-            wanted = parameter_shapes(Decoder(config))
+            wanted = parameter_shapes(network(config))
             if {k: tuple(v.shape) for k, v in stored.items()} != {k: v.shape for k, v in wanted.items()}:
                 raise InputError(f"{folder}: the parameters do not fit the config in {CONFIG_NAME}")
             target = {k: jax.ShapeDtypeStruct(v.shape, dtype or stored[k].dtype) for k, v in wanted.items()}

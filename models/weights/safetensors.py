@@ -11,7 +11,7 @@ import numpy as np
 import safetensors
 from jax.sharding import Mesh
 
-from models.config import DecoderConfig
+from models.config import ModelConfig
 from models.errors import InputError
 from models.families import FAMILIES, family_of
 from models.weights.assemble import assemble
@@ -30,14 +30,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_config(folder: Path) -> DecoderConfig:
+def read_config(folder: Path) -> ModelConfig:
     """Returns the config of the model in a folder."""
     values = read_json(folder / "config.json")
     return family_of(values).read_config(values)
 
 
 def load_parameters(
-    folder: Path, config: DecoderConfig, dtype: jnp.dtype | None, mesh: Mesh | None = None
+    folder: Path, config: ModelConfig, dtype: jnp.dtype | None, mesh: Mesh | None = None
 ) -> dict[str, Any]:
     """Returns the parameters of the model in a folder, in `dtype` (None: as stored), spread over a mesh if given."""
     handles = {path: _open(path) for path in _shards(folder)}

@@ -19,7 +19,10 @@ from decoding.autoregressive import SAMPLE, NoOptions, make_sample
 from decoding.method import Method, Steps, WithDraft
 from decoding.speculative.specdec_pp import WithHead
 from models.acceptance_head import AcceptanceHead
+from models.config import MLPConfig, MoEConfig
 from models.decoder import Decoder
+from models.sharding import MeshConfig, make_mesh, place
+from tests.conftest import tiny_config
 from tests.support.decode_reference import (
     PROMPTS,
     ROOM,
@@ -111,6 +114,37 @@ def test_exact_methods_give_greedy_text(tiny, greedy, name):
     assert texts(fn(params, PROMPTS)) == greedy
     for row in (0, 2, 5):
         assert texts(fn(params, [PROMPTS[row]])) == [greedy[row]]
+
+
+@pytest.fixture(scope="module")
+def mixture() -> tuple[Decoder, dict]:
+    """(model, params): two layers, the second a mixture of four experts, two of them for a token."""
+    experts = MoEConfig(4, 2, MLPConfig(24), shared=MLPConfig(16))
+    config = tiny_config()
+    blocks = (config.blocks[0], dataclasses.replace(config.blocks[1], mlp=experts))
+    model = Decoder(dataclasses.replace(config, blocks=blocks))
+    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"]
+    return model, jax.tree.map(lambda x: x * 12.0 if x.ndim > 1 else x, params)
+
+
+@pytest.mark.parametrize("name", ["greedy", "sample", "token_recycling", "speculative_sampling"])
+def test_mixtures_of_experts_are_decoded_like_any_model(mixture, name):
+    """Greedy text at temperature zero; where a method samples, a row's text is its own and plain sampling's in law."""
+    fn, params = made(name, *mixture, ROOM)
+    cold = {} if METHODS[name].temperature is None else {"temperature": 0.0}
+    found = texts(fn(params, PROMPTS, **cold))
+    assert found == greedy_texts(*mixture, PROMPTS, ROOM)
+    assert len({token for text in found for token in text}) > 10
+    if cold:
+        together = texts(fn(params, PROMPTS, row_seeds(), temperature=1.0))
+        assert together != found
+        assert texts(fn(params, PROMPTS[2:3], row_seeds()[2:3], temperature=1.0)) == together[2:3]
+
+
+def test_experts_spread_over_devices_write_the_same_text(mixture):
+    fn, params = made("greedy", *mixture, ROOM)
+    spread = place(params, make_mesh(MeshConfig(1, 1, 1, 2)))
+    assert texts(fn(spread, PROMPTS)) == greedy_texts(*mixture, PROMPTS, ROOM)
 
 
 @pytest.mark.parametrize("name", apart())

@@ -13,14 +13,14 @@ from models.errors import InputError
 from models.sharding import MeshConfig, abstract_mesh, make_mesh, place
 from tests.support.scale import ROWS, STEPS, Run, free_address, restore, rows_of, save, start
 
-MESHES = [(8, 1, 1, "lora"), (2, 2, 2, "lora"), (1, 2, 4, "full")]
-SHARES = [1.0, 0.8, 0.15]  # of the state's numbers, on one device at most
+MESHES = [((8, 1, 1), "lora"), ((2, 2, 2), "lora"), ((1, 2, 4), "full"), ((2, 1, 1, 4), "experts")]
+SHARES = [1.0, 0.8, 0.15, 0.75]  # of the state's numbers, on one device at most
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, list[float]]:
     """The losses of one device without a mesh."""
-    return {tuning: Run(None, tuning).go()[0] for tuning in ("lora", "full")}
+    return {tuning: Run(None, tuning).go()[0] for tuning in ("lora", "full", "experts")}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def on_eight(folder) -> list[dict]:
 @pytest.mark.parametrize("index", range(len(MESHES)), ids=[str(mesh) for mesh in MESHES])
 def test_eight_devices_give_the_losses_of_one(index, alone, on_eight):
     assert len(set(alone["lora"])) == STEPS  # it trains: equal losses say something
-    np.testing.assert_allclose(on_eight[index]["losses"], alone[MESHES[index][3]], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(on_eight[index]["losses"], alone[MESHES[index][1]], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("index", range(len(MESHES)), ids=[str(mesh) for mesh in MESHES])
@@ -101,7 +101,9 @@ def test_flags_that_do_not_name_the_processes_are_refused(values, message):
 def test_rows_that_do_not_divide_over_the_mesh_are_refused():
     mesh = abstract_mesh(MeshConfig(2, 2, 3))
     check_rows(8, mesh)
-    with pytest.raises(InputError, match=r"6 rows does not divide .* 4 groups .*data 2 x fsdp 2\): take 4 or 8 rows"):
+    with pytest.raises(
+        InputError, match=r"6 rows does not divide .* 4 groups .*data 2 x fsdp 2 x expert 1\): take 4 or 8 rows"
+    ):
         check_rows(6, mesh)
     with pytest.raises(InputError, match="take 4 rows"):
         check_rows(3, mesh)
@@ -125,8 +127,8 @@ def test_singular_vectors_of_a_kernel_that_is_spread():
 
 def mesh_of_processes(processes: list[int], data: int, fsdp: int, tensor: int) -> SimpleNamespace:
     """What `row_share` asks of a mesh: the devices in order, here only the processes that they belong to."""
-    devices = np.array([SimpleNamespace(process_index=process) for process in processes]).reshape(data, fsdp, tensor)
-    return SimpleNamespace(devices=devices, shape={"data": data, "fsdp": fsdp, "tensor": tensor})
+    devices = np.array([SimpleNamespace(process_index=process) for process in processes]).reshape(data, fsdp, 1, tensor)
+    return SimpleNamespace(devices=devices, shape={"data": data, "fsdp": fsdp, "expert": 1, "tensor": tensor})
 
 
 @pytest.mark.parametrize(
@@ -145,5 +147,7 @@ def test_each_process_reads_rows_of_its_own(processes, sizes, share):
 
 @pytest.mark.parametrize(("processes", "sizes"), [([0, 0, 0, 1], (2, 1, 2)), ([0, 1, 1, 1], (4, 1, 1))])
 def test_a_mesh_that_cuts_across_processes_is_refused(processes, sizes):
-    with pytest.raises(InputError, match=f"data {sizes[0]} x fsdp 1 x tensor {sizes[2]} cuts across its 2 processes"):
+    with pytest.raises(
+        InputError, match=f"data {sizes[0]} x fsdp 1 x expert 1 x tensor {sizes[2]} cuts across its 2 processes"
+    ):
         row_share(mesh_of_processes(processes, *sizes))

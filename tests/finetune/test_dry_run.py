@@ -45,7 +45,7 @@ def test_every_adapter_is_counted_or_says_why_not():
 
 def test_each_device_holds_its_share():
     alone, spread = (report(LoraConfig(rank=8), mesh) for mesh in (MeshConfig(1, 1, 1), MeshConfig(4, 8, 3)))
-    assert spread.mesh == {"data": 4, "fsdp": 8, "tensor": 3} and spread.row_shards == 32
+    assert spread.mesh == {"data": 4, "fsdp": 8, "expert": 1, "tensor": 3} and spread.row_shards == 32
     base, shared = alone.parts[0], spread.parts[0]
     norms = 4 * 61 * 576
     assert base.device_bytes == base.bytes == shared.bytes == 4 * 134_515_008
@@ -68,7 +68,7 @@ def test_full_tuning_keeps_one_copy_of_the_parameters_and_three_more_of_their_si
 def test_the_report_can_be_read():
     text = render(report(LoraConfig(rank=8), MeshConfig(2, 2, 2)))
     lines = text.splitlines()
-    assert lines[0] == "mesh: data 2 x fsdp 2 x tensor 2 = 8 devices; rows of a batch in 4 parts"
+    assert lines[0] == "mesh: data 2 x fsdp 2 x expert 1 x tensor 2 = 8 devices; rows of a batch in 4 parts"
     assert lines[1] == "parameters 134,515,008; trained 2,442,240 (1.82%); optimiser state 4,884,481 numbers"
     row = next(line for line in lines if line.startswith("layers_*/attention/o/kernel (30)"))
     assert row.split()[2:] == ["576", "x", "576", "float32", "tensor,", "fsdp", "9.49"]

@@ -1,5 +1,7 @@
 """The loss against a slow loop, one update however the batch is cut, and the order of things in the loop."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ from finetune.objectives import Objective, cross_entropy
 from finetune.optimizers import OptimizerConfig
 from finetune.state import Constants, TrainState, adapter_tuning, full_tuning
 from finetune.trainer import Hook, make_eval_step, summed_loss, train
+from models.config import MLPConfig, MoEConfig
+from models.decoder import Decoder
 from models.errors import InputError
 from tests.support.toy_training import OBJECTIVE, toy_batch, toy_model, toy_params, updates
 
@@ -46,6 +50,30 @@ def test_the_loss_against_a_slow_loop():
     found, figures = jax.jit(lambda part: summed_loss(toy_model(), OBJECTIVE, toy_params(), None, part))(part_of(batch))
     assert figures["tokens"] == count
     np.testing.assert_allclose(found, total, rtol=1e-5)
+
+
+def test_losses_of_routers_are_part_of_what_is_minimised():
+    """As many times as there are tokens to predict, so that the mean has them once; and they train the router."""
+    model = toy_model()
+    experts = MoEConfig(4, 2, MLPConfig(24), balance_weight=0.5, z_weight=0.1)
+    blocks = tuple(dataclasses.replace(block, mlp=experts) for block in model.config.blocks)
+    model = Decoder(dataclasses.replace(model.config, blocks=blocks))
+    bare = dataclasses.replace(experts, balance_weight=0.0, z_weight=0.0)
+    without = Decoder(dataclasses.replace(model.config, blocks=tuple(dataclasses.replace(b, mlp=bare) for b in blocks)))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = jax.tree.map(lambda w: 5.0 * w, params)
+
+    def of(params, model):
+        return summed_loss(model, OBJECTIVE, params, None, part_of(toy_batch()))
+
+    found = {m: jax.jit(jax.value_and_grad(of, has_aux=True), static_argnums=1)(params, m) for m in (model, without)}
+    (loss, figures), grads = found[model]
+    (plain, none), plain_grads = found[without]
+    assert set(none) == {"tokens"} and figures["balance_loss"] > figures["tokens"] * 0.9  # 0.5 times K = 2 at least
+    np.testing.assert_allclose(loss, plain + figures["balance_loss"] + figures["router_z_loss"], rtol=1e-5)
+    router, plain_router = (g["layers_0"]["mlp"]["router"]["kernel"] for g in (grads, plain_grads))
+    assert jnp.abs(router - plain_router).max() > 1e-3
+    np.testing.assert_allclose(jax.jit(of, static_argnums=1)(params, model)[0], loss, rtol=1e-6)
 
 
 def contextual() -> Objective:

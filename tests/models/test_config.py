@@ -8,7 +8,7 @@ import pytest
 from models.config import AttentionConfig, MLPConfig, RopeScaling, config_from_dict, config_to_dict
 from models.errors import InputError, unknown_name
 from models.families import FAMILIES, family_of
-from tests.support.tiny_models import CONFIGS
+from tests.support.tiny_models import CONFIGS, ENCODER_DECODERS
 
 
 def read(name):
@@ -16,7 +16,7 @@ def read(name):
 
 
 def test_every_family_has_a_tiny_config():
-    assert {read(name).family for name in CONFIGS} == set(FAMILIES)
+    assert {family_of(config).name for config in (CONFIGS | ENCODER_DECODERS).values()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -110,6 +110,23 @@ def test_bad_hugging_face_configs(change, message):
     config = {**CONFIGS["llama"], **change}
     with pytest.raises(InputError, match=message):
         family_of(config).read_config(config)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "shown"),
+    [
+        (("top_k",), "two", r"blocks\.0\.mlp\.top_k: .*got 'two'"),
+        (("expert", "activation"), "tanh", r"blocks\.0\.mlp\.expert\.activation: .*got 'tanh'"),
+    ],
+)
+def test_bad_values_of_a_mixture_are_named_by_their_path(path, value, shown):
+    values = config_to_dict(read("mixtral"))
+    place = values["blocks"][0]["mlp"]
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    with pytest.raises(InputError, match=f"model config: {shown}"):
+        config_from_dict(values)
 
 
 def test_both_spellings_of_rotary_scaling_agree():

@@ -175,3 +175,27 @@ def test_dtypes(stored, dtype, expected, loaded, folders, bfloat16_folder):
         exact, value = np.asarray(wide[path]), np.asarray(value)
         rounded = exact if {stored, expected} == {"float32"} else exact.astype(jnp.bfloat16)
         np.testing.assert_array_equal(value.astype(np.float32), rounded.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("variant", "expert"),
+    [("mixtral", "block_sparse_moe.experts.3.w2"), ("qwen2_moe", "mlp.experts.4.down_proj")],
+)
+def test_a_missing_expert_is_named(variant, expert, folders, tmp_path):
+    folder = edit(folders[variant], tmp_path / "m", drop=[f"model.layers.1.{expert}.weight"])
+    with pytest.raises(InputError, match=rf"layers_1/mlp/experts_down \(of layers\.1\.{expert}\.weight\)"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("variant", "config", "message"),
+    [
+        ("olmoe", {"clip_qkv": 8.0}, "olmoe with clip_qkv 8.0"),
+        ("qwen2_moe", {"use_sliding_window": True}, "a qwen2_moe model with a sliding window"),
+        ("mixtral", {"num_experts_per_tok": 5}, "top_k must be 1 to num_experts, 4; got 5"),
+        ("mixtral", {"num_local_experts": 5}, r"experts_gate \(of layers\.0\.block_sparse_moe\.experts\.4\.w1"),
+    ],
+)
+def test_mixtures_that_do_not_fit(variant, config, message, folders, tmp_path):
+    with pytest.raises(InputError, match=message):
+        load_model(edit(folders[variant], tmp_path / "m", config=config))

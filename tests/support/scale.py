@@ -27,7 +27,7 @@ from finetune.objectives import cross_entropy
 from finetune.optimizers import OptimizerConfig, learning_rate, make_optimizer
 from finetune.state import Batch, Constants, TrainState, adapter_tuning, full_tuning, new_state
 from finetune.trainer import make_train_step, train
-from models.config import AttentionConfig, BlockConfig, DecoderConfig, MLPConfig
+from models.config import AttentionConfig, BlockConfig, DecoderConfig, MLPConfig, MoEConfig
 from models.decoder import Decoder
 from models.sharding import MeshConfig, abstract, build, make_mesh, place
 
@@ -68,20 +68,24 @@ def start(name: str, arguments: list[dict[str, Any]], devices: int) -> list[Any]
     return [json.loads(text.splitlines()[-1]) for text in texts]
 
 
-def small_model(remat: bool = False) -> Decoder:
-    """Returns a model of one layer with grouped heads: many are compiled."""
-    block = BlockConfig(AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4), MLPConfig(24))
+def small_model(remat: bool = False, experts: bool = False) -> Decoder:
+    """Returns a model of one layer with grouped heads, and with experts if so: many are compiled."""
+    mlp = MoEConfig(4, 2, MLPConfig(12), form="dense", balance_weight=0.1) if experts else MLPConfig(24)
+    block = BlockConfig(AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4), mlp)
     return Decoder(DecoderConfig("llama", vocab_size=64, width=16, blocks=(block,), max_length=64), remat)
 
 
 class Run:
-    """A training run of the tiny model ("full" or "lora") on a mesh, or without one on one device."""
+    """A training run of the tiny model on a mesh, or without one on one device.
+
+    `tuning` is "lora", "full", or "experts": in full, with a mixture of experts.
+    """
 
     def __init__(self, mesh: jax.sharding.Mesh | None, tuning: str):
         self.mesh = mesh
-        model = small_model(remat=True)
+        model = small_model(remat=True, experts=tuning == "experts")
         params = self._made(lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"], jax.random.key(0))
-        if tuning == "full":
+        if tuning != "lora":
             method = full_tuning(jax.tree.map(lambda leaf: leaf.dtype, params))
             base, frozen, trainable = {}, {}, params
         else:
@@ -127,15 +131,15 @@ def rows_of(step: int, rows: range) -> Batch:
     return Batch(tokens, (segments > 0) & (tokens % 7 > 0), segments, np.where(places < first, places, places - first))
 
 
-def mesh_losses(runs: list[list[Any]], folder: str) -> list[dict[str, Any]]:
-    """Trains on each of several [data, fsdp, tensor, tuning]; says how the state was split, and what was compiled.
+def mesh_losses(runs: list[tuple[list[int], str]], folder: str) -> list[dict[str, Any]]:
+    """Trains on each of several [sizes of a mesh, tuning]; says how the state was split, and what was compiled.
 
     `folder`/i is the state of run i after its first update.
     """
     initialize(DistributedConfig())
     found = []
-    for index, (data, fsdp, tensor, tuning) in enumerate(runs):
-        run = Run(make_mesh(MeshConfig(data, fsdp, tensor)), tuning)
+    for index, (sizes, tuning) in enumerate(runs):
+        run = Run(make_mesh(MeshConfig(*sizes)), tuning)
         before = jax.tree.map(lambda leaf: leaf.sharding, run.first)
         losses, state = run.go(steps=1)
         save(f"{folder}/{index}", state)

@@ -25,6 +25,7 @@ _SIZES = {
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _YARN = {"rope_type": "yarn", "factor": 4.0}
 _SHORT = {"original_max_position_embeddings": 16}
+_MIXTURE = {**_SIZES, "num_hidden_layers": 2, "num_experts_per_tok": 2}
 
 CONFIGS: dict[str, dict] = {
     "llama": {"model_type": "llama", **_SIZES, "rope_theta": 10000.0},
@@ -64,7 +65,44 @@ CONFIGS: dict[str, dict] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     },
+    "mixtral": {"model_type": "mixtral", **_MIXTURE, "num_local_experts": 4, "sliding_window": 5},
+    "olmoe": {"model_type": "olmoe", **_MIXTURE, "num_experts": 4},
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        **_MIXTURE,
+        "num_experts": 5,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "decoder_sparse_step": 2,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        **_MIXTURE,
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "head_dim": 16,
+        "mlp_only_layers": [0],
+    },
     "gpt2": {"model_type": "gpt2", "vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+}
+
+_T5 = {
+    "model_type": "t5",
+    "vocab_size": 61,
+    "d_model": 32,
+    "d_kv": 12,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+}
+ENCODER_DECODERS: dict[str, dict] = {
+    "t5": {**_T5, "feed_forward_proj": "relu", "tie_word_embeddings": True},
+    "t5_gated": {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
 
 LENGTHS = (14, 9, 1)  # a ragged batch
@@ -75,6 +113,13 @@ def tokens() -> np.ndarray:
     batch = np.random.default_rng(0).integers(1, 61, (len(LENGTHS), max(LENGTHS)), dtype=np.int32)
     for row, length in zip(batch, LENGTHS, strict=True):
         row[length:] = 0
+    return batch
+
+
+def targets() -> np.ndarray:
+    """Returns what decoders of encoder-decoders are given beside `tokens`, i32[3, 16]: start token 0, then others."""
+    batch = np.random.default_rng(1).integers(1, 61, (len(LENGTHS), 16), dtype=np.int32)
+    batch[:, 0] = 0
     return batch
 
 
