@@ -27,6 +27,7 @@ from decoding.sparse.streaming import STREAMING
 from decoding.sparse.tidal import TIDAL
 from decoding.speculative.aded import ADED
 from decoding.speculative.dyspec import DYSPEC
+from decoding.speculative.medusa import MEDUSA
 from decoding.speculative.prompt_lookup import PROMPT_LOOKUP
 from decoding.speculative.rapid import RAPID
 from decoding.speculative.rsd import RSD_C, RSD_S
@@ -47,6 +48,7 @@ METHODS: dict[str, Method] = {
     "dyspec": DYSPEC,
     "entropy_adaptive": ENTROPY_ADAPTIVE,
     "lserve": LSERVE,
+    "medusa": MEDUSA,
     "prompt_lookup": PROMPT_LOOKUP,
     "rapid": RAPID,
     "rsd_c": RSD_C,
@@ -169,7 +171,8 @@ class DecodeFn:
         """Decodes.
 
         Args:
-            params: the model's parameters; for a method that drafts with a second model `WithDraft(target, draft)`.
+            params: the model's parameters; for a method that drafts with a second model or a head
+                `WithDraft(target, draft)`.
                 Where they lie on a mesh (`models.sharding`), rows are spread over it too, and every process that holds
                 a part of it makes the same call.
             prompts: B lists of token ids, each of any length.
@@ -256,9 +259,10 @@ class DecodeFn:
         return padded, Call(np.minimum(limit, free), read_keys(rng, batch), settings, self._warm(warm), read)
 
     def _check_params(self, params: Any) -> None:
-        drafts = METHODS[self.plan.method].drafts
-        if drafts != isinstance(params, WithDraft):
-            wanted = "WithDraft(target, draft)" if drafts else "the model's own parameters, not WithDraft"
+        method = METHODS[self.plan.method]
+        if method.paired != isinstance(params, WithDraft):
+            wanted = "WithDraft(target, draft)" if method.drafts else "the model's own parameters, not WithDraft"
+            wanted = "WithDraft(target, head), with a trained head (--head FILE)" if method.own_head else wanted
             raise InputError(f"method {self.plan.method!r} takes {wanted} as params")
 
     def _draft_prompts(self, prompts: Sequence[Sequence[int]] | None, batch: int) -> Prompts | None:

@@ -17,6 +17,7 @@ import decoding.decode
 from decoding import METHODS, make_decode_fn
 from decoding.autoregressive import SAMPLE, NoOptions, make_sample
 from decoding.method import Method, Steps, WithDraft
+from decoding.speculative.head_kinds import HEADS
 from decoding.speculative.specdec_pp import WithHead
 from models.acceptance_head import AcceptanceHead
 from models.decoder import Decoder
@@ -47,6 +48,7 @@ SMALL = {  # options of methods that take long to compile, or that would read al
         "local": 3,
         "gates": ((0.1, 0.9), (0.0, 0.0), (0.8, 0.2)),
     },
+    "medusa": {"nodes": 9},
     "rapid": {"length": 3},
     "rsd_c": {"children": (3, 2)},
     "rsd_s": {"beams": 3, "depth": 2},
@@ -79,6 +81,9 @@ def lawful() -> list[str]:
 def made(name: str, model, params, room: int, **more):
     """Returns (decode_fn, params) of a method; a draft is the model's first layer, its weights somewhat off."""
     options = {**SMALL.get(name, {}), **more}
+    if METHODS[name].own_head:
+        fn = make_decode_fn(model, name, max_new_tokens=room, **options)
+        return fn, WithDraft(params, random_head(HEADS[name], fn.plan.options.head, model, params))
     if not METHODS[name].drafts:
         return make_decode_fn(model, name, max_new_tokens=room, **options), params
     draft = Decoder(dataclasses.replace(model.config, blocks=model.config.blocks[:1]))
@@ -89,6 +94,12 @@ def made(name: str, model, params, room: int, **more):
         head = AcceptanceHead().init(jax.random.key(3), jnp.zeros((1, model.config.width)))["params"]
         drafts = WithHead(drafts, jax.tree.map(lambda x: 9.0 * x, head))
     return fn, WithDraft(params, drafts)
+
+
+def random_head(kind, config, model, params):
+    """A head of random weights: it guesses by chance, and sometimes what the target writes."""
+    fresh = kind.init(config, model, params, jax.random.key(5))
+    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
 
 
 @pytest.mark.parametrize("name", METHODS)

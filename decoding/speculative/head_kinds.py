@@ -1,0 +1,14 @@
+"""Every kind of draft head, for whoever trains, saves or loads one: `HEADS` is a literal table."""
+
+from typing import Any
+
+from decoding.speculative.draft_head import HeadKind
+from decoding.speculative.medusa import MEDUSA_HEAD, MedusaConfig
+
+HEADS: dict[str, HeadKind] = {"medusa": MEDUSA_HEAD}
+HeadConfig = MedusaConfig
+
+
+def kind_of(config: Any) -> HeadKind:
+    """Returns the kind of head that settings are of."""
+    return HEADS[config.type]
