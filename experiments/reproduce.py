@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from decoding.speculative.head_kinds import HEADS
 from experiments.cells import Cell, Retrieval, load_cell, save_cell
 from experiments.config import chosen_type, load_config, save_config
 from experiments.corpus import spare_questions, stamp
@@ -26,6 +27,7 @@ from experiments.rows import Rows
 from experiments.runtime import run_main, setup_runtime
 from experiments.tables import write_table
 from experiments.train_acceptance_head import ensure_head, head_stamp
+from experiments.train_draft_head import ensure_draft_head
 from models.errors import unknown_name
 
 _PROG = "python -m experiments.reproduce"
@@ -42,7 +44,7 @@ class TableRow:
     sampling: SamplingSettings = SamplingSettings()
     draft: bool = False  # drafts with the table's draft model
     retrieval: Retrieval | None = None  # shortens documents; None: they are read whole
-    head: Path | None = None  # the draft's acceptance head, for methods that use one
+    head: Path | None = None  # the draft's acceptance head, or the model's own draft head, for methods that use one
     train: Path | None = None  # the config that trains the head where it does not exist yet
     paper: str = ""  # what the paper reports, in words and figures
     # Questions of the file, of those that no cell asks, whose replies by the target an ADED table starts from. Not in
@@ -52,8 +54,10 @@ class TableRow:
     def __post_init__(self) -> None:
         if self.corpus < 0 or (self.corpus and self.method != "aded"):
             raise ValueError(f"row {self.name!r}: corpus is a number of questions, and only for aded")
-        if self.head is not None and not self.draft:
+        if self.head is not None and not self.draft and self.method not in HEADS:
             raise ValueError(f"row {self.name!r} has a head, which belongs to a draft: set draft to true")
+        if self.head is None and self.method in HEADS:
+            raise ValueError(f"row {self.name!r} drafts with a trained head: name its file in head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +236,9 @@ def main(argv: list[str] | None = None) -> None:
         (config.folder / "runs").mkdir(exist_ok=True)
         save_config(config, config.folder / "config.yaml")
         for row in config.chosen:
-            if row.head is not None and config.draft is not None:
+            if row.head is not None and row.method in HEADS:
+                ensure_draft_head(row.head, row.train, config.model, config.dtype)
+            elif row.head is not None and config.draft is not None:
                 ensure_head(row.head, row.train, config.model, config.draft, config.dtype)
         cells = measure(config, questions)
         written = write_table(config, cells, questions)

@@ -5,7 +5,7 @@ turns into guesses. The target is read and never changed. The loss of offset k, 
 
     hard      cross-entropy with the token that the text has there (Medusa, 2401.10774, section 2.2)
     soft      cross-entropy with the target's own law there (distillation)
-    feature   smooth L1 distance to what the unembedding reads there, over the mean magnitude of that (EAGLE, 2401.15077)
+    feature   smooth L1 distance to what the unembedding reads there, over its mean magnitude (EAGLE, 2401.15077)
 
 With `vocabulary: seen` softmaxes run over the tokens that occur in the texts to train on: a tenth of the time, where
 the vocabulary is large. Drafts are always made with all tokens, and text is the target's own whatever a head says.
