@@ -65,8 +65,8 @@ class Loader:
             options: its own static options; `latency: measured` stands for the curve of this machine, `gates: measured`
                 or a seed for those of `experiments.gates`.
             draft: the model that drafts, or None.
-            head: the draft's acceptance head; or the model's own draft head, which brings settings and accuracy into the
-                options; or None.
+            head: the draft's acceptance head, or None; or the model's own draft head, which brings its settings and
+                accuracy into the options.
             max_new_tokens: room for new tokens.
             context: tokens behind which a measured curve is measured.
 
