@@ -172,7 +172,7 @@ def head_loss(trainer: HeadTrainer, constants: HeadConstants, values: Any, batch
     y, *rest = columns((y, constants.place[labels], wanted, truth), min(width, labels.shape[1]))
     total, figures = sum_over_chunks(of, {}, y, tuple(rest))
     places = jnp.maximum(jnp.sum(wanted, axis=(0, 1)).astype(jnp.float32), 1.0)
-    split = {f"cross_entropy/{k + 1}": figures[k] / places[k] for k in range(count)}
+    split = {f"cross_entropy_{k + 1}": figures[k] / places[k] for k in range(count)}
     return total / places[0], split | {"tokens": places[0]}
 
 

@@ -98,11 +98,11 @@ def figures_of(
         chosen: the rows among them to be measured on.
 
     Returns:
-        (accuracy, {top1/k, top10/k: shares at offset k from 1 on; mat_chain, mat_NODES: new tokens per step}).
+        (accuracy, {top1_k, top10_k: shares at offset k from 1 on; mat_chain, mat_NODES: new tokens per step}).
     """
     accuracy, held_out = accuracy_of(calibration), accuracy_of(test)
-    figures = {f"top1/{k + 1}": own[0] for k, own in enumerate(held_out)}
-    figures |= {f"top{RANKS}/{k + 1}": sum(own) for k, own in enumerate(held_out)}
+    figures = {f"top1_{k + 1}": own[0] for k, own in enumerate(held_out)}
+    figures |= {f"top{RANKS}_{k + 1}": sum(own) for k, own in enumerate(held_out)}
     figures["mat_chain"] = accept_length(chain(len(accuracy)), test, rows, chosen)
     for nodes in NODES:
         figures[f"mat_{nodes}"] = accept_length(calibrated_tree(accuracy, nodes)[0], test, rows, chosen)

@@ -147,7 +147,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_its_formula(tiny, rows, batch, vo
     np.testing.assert_allclose(float(value), total / count[0], rtol=5e-3)
     for offset in range(2):
         np.testing.assert_allclose(
-            float(figures[f"cross_entropy/{offset + 1}"]), hard[offset] / count[offset], rtol=1e-4
+            float(figures[f"cross_entropy_{offset + 1}"]), hard[offset] / count[offset], rtol=1e-4
         )
 
 
@@ -181,9 +181,9 @@ def test_simulated_accept_lengths_are_those_of_decoding(tiny, rows, hidden):
         steps = np.asarray(stats.steps) - 1
         assert simulated == pytest.approx((np.asarray(stats.emitted) - 1).sum() / steps.sum())
     found, figures = figures_of(ranks, ranks, rows, chosen)
-    assert found == accuracy and figures["top1/2"] == pytest.approx(np.mean(ranks[ranks[:, 1] >= 0, 1] == 0))
-    assert 1 <= figures["mat_chain"] and figures["mat_4"] <= figures["mat_16"] <= figures["mat_63"]
-    assert figures["top10/1"] == pytest.approx(np.mean(ranks[ranks[:, 0] >= 0, 0] < 10))
+    assert found == accuracy and figures["top1_2"] == pytest.approx(np.mean(ranks[ranks[:, 1] >= 0, 1] == 0))
+    assert figures["mat_chain"] >= 1 and figures["mat_4"] <= figures["mat_16"] <= figures["mat_63"]
+    assert figures["top10_1"] == pytest.approx(np.mean(ranks[ranks[:, 0] >= 0, 0] < 10))
     with pytest.raises(InputError, match="no text to calibrate on has 3 tokens"):
         accuracy_of(np.where(np.arange(2)[None, :] == 1, -1, ranks))
 
