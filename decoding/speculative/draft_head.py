@@ -162,7 +162,7 @@ def hung(template: Template, best: jax.Array, round_: Round, ready: jax.Array) -
     return tree.replace(parent=jnp.where(ready[:, None], tree.parent, -1))
 
 
-Guess = Callable[[WithDraft, dict[int, jax.Array], Round], jax.Array]
+Guess = Callable[[WithDraft, dict[int, jax.Array], Round, int], jax.Array]
 
 
 def make_parallel(
@@ -175,7 +175,7 @@ def make_parallel(
         model: the target.
         options: head and tree.
         stop_tokens: ids that end a row.
-        guess: (params, {i: [B, D]}, round) -> [B, K, D], as `HeadKind.guesses` has it.
+        guess: (params, {i: [B, D]}, round, depth) -> [B, depth, D], the first offsets of what `HeadKind.guesses` has.
     """
     template = options.tree(model.config.vocab_size)
     streams = kind.streams(options.head, model)
@@ -188,7 +188,7 @@ def make_parallel(
         return HeadState(dict.fromkeys(streams, none), jnp.zeros(prompts.lengths.shape, bool))
 
     def propose(params: WithDraft, state: HeadState, round_: Round):
-        guesses = guess(params, state.kept, round_)[:, : template.max_depth]
+        guesses = guess(params, state.kept, round_, template.max_depth)
         best = top_tokens(scores(model, params.target, guesses), ranks)
         drafted = jnp.where(state.ready, template.width - 1, 0)
         return hung(template, best, round_, state.ready), state, drafted, state.ready.astype(jnp.int32)

@@ -3,10 +3,11 @@
 from typing import Any
 
 from decoding.speculative.draft_head import HeadKind
+from decoding.speculative.hidden_transfer import HIDDEN_TRANSFER_HEAD, HiddenTransferConfig
 from decoding.speculative.medusa import MEDUSA_HEAD, MedusaConfig
 
-HEADS: dict[str, HeadKind] = {"medusa": MEDUSA_HEAD}
-HeadConfig = MedusaConfig
+HEADS: dict[str, HeadKind] = {"hidden_transfer": HIDDEN_TRANSFER_HEAD, "medusa": MEDUSA_HEAD}
+HeadConfig = MedusaConfig | HiddenTransferConfig
 
 
 def kind_of(config: Any) -> HeadKind:

@@ -89,9 +89,9 @@ MEDUSA_HEAD = HeadKind(MedusaConfig, _streams, _init, _guesses)
 def make_medusa(model: Decoder, options: MedusaOptions, stop_tokens: tuple[int, ...]) -> Steps:
     """Drafts the calibrated tree of `options.nodes` guesses."""
 
-    def guess(params: WithDraft, kept: dict[int, jax.Array], round_: Round) -> jax.Array:
+    def guess(params: WithDraft, kept: dict[int, jax.Array], round_: Round, depth: int) -> jax.Array:
         f = normed(model, params.target, kept[model.config.num_layers])
-        return MedusaHeads(options.head).apply({"params": params.draft}, f)
+        return MedusaHeads(options.head).apply({"params": params.draft}, f)[:, :depth]
 
     return make_parallel(MEDUSA_HEAD, model, options, stop_tokens, guess)
 

@@ -18,6 +18,7 @@ from decoding import METHODS, make_decode_fn
 from decoding.autoregressive import SAMPLE, NoOptions, make_sample
 from decoding.method import Method, Steps, WithDraft
 from decoding.speculative.head_kinds import HEADS
+from decoding.speculative.hidden_transfer import HiddenTransferConfig
 from decoding.speculative.specdec_pp import WithHead
 from models.acceptance_head import AcceptanceHead
 from models.decoder import Decoder
@@ -39,6 +40,7 @@ SMALL = {  # options of methods that take long to compile, or that would read al
     "aded": {"slots": 256, "iterations": 20, "sentences": 6},
     "core_infer": {"first": 1, "last": 1},
     "dyspec": {"budget": 5, "frontier": 3, "depth": 3},
+    "hidden_transfer": {"nodes": 9, "head": HiddenTransferConfig(layers=(1, 2, 2))},
     "lserve": {
         "budget": 6,
         "page": 2,

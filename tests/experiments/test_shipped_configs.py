@@ -41,6 +41,7 @@ KINDS = {
     "tables/hyperfitting": TrainTableConfig,
     "train": TrainConfig,
     "train/specdec_pp": HeadConfig,
+    "train/hidden_transfer": DraftHeadConfig,
     "train/medusa": DraftHeadConfig,
     "generate": GenerateConfig,
 }
