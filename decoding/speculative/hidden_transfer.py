@@ -1,9 +1,10 @@
 """Hidden Transfer: pseudo hidden states of tokens to come, put in at a middle layer and run through the layers above.
 
 Source: "Parallel Decoding via Hidden Transfer for Lossless Large Language Model Acceleration" (2404.12022; FIRP,
-2410.20488, is its authors' follow-up). Behind text x_1..x_n the stream h of x_n before layer l becomes K streams, the k-th of
-them a guess of what stands there at x_{n+k}. They run through layers l.. at their own positions, where they attend to
-the text and to each other, and the last layer's output of the k-th guesses x_{n+k+1}. Only the transfer is trained.
+2410.20488, is its authors' follow-up). Behind text x_1..x_n the stream h of x_n before layer l becomes K streams, the
+k-th of them a guess of what stands there at x_{n+k}. They run through layers l.. at their own positions, where they
+attend to the text and to each other, and the last layer's output of the k-th guesses x_{n+k+1}. Only the transfer is
+trained.
 
     transfer   h_k = h + A_k norm(h) + b_k, A and b zero at first; norm is that of the layer that it enters
 
