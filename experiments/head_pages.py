@@ -1,10 +1,7 @@
-"""What a table's page says of the draft heads that its rows use: how good they are by themselves, and what they took."""
+"""What a table says of the draft heads that its rows use: how good they are by themselves, and what they took."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-from decoding.speculative.head_kinds import HEADS
-from decoding.speculative.head_trees import RANKS
 
 if TYPE_CHECKING:
     from experiments.reproduce import TableRow
@@ -16,11 +13,12 @@ def head_section(rows: Sequence["TableRow"]) -> list[str]:
     Accuracy is that on held-out text: the share of right tokens that stand first, and among the first ten, at each
     offset. Simulated MAT is that of the tree of 16 nodes on the same text.
     """
-    from finetune.saved_heads import load_draft_head
-
-    paths = list(dict.fromkeys(row.head for row in rows if row.method in HEADS))
+    paths = list(dict.fromkeys(row.head for row in rows if row.head is not None and not row.draft))
     if not paths:
         return []
+    from decoding.speculative.head_trees import RANKS
+    from finetune.saved_heads import load_draft_head
+
     lines = ["", "## Draft heads", ""]
     lines += [f"| head | parameters | training minutes | top-1 by offset | top-{RANKS} by offset | simulated MAT, 16 |"]
     lines += [f"|{' --- |' * 6}"]

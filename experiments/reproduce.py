@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from decoding.speculative.head_kinds import HEADS
 from experiments.cells import Cell, Retrieval, load_cell, save_cell
 from experiments.config import chosen_type, load_config, save_config
 from experiments.corpus import spare_questions, stamp
@@ -27,8 +26,7 @@ from experiments.rows import Rows
 from experiments.runtime import run_main, setup_runtime
 from experiments.tables import write_table
 from experiments.train_acceptance_head import ensure_head, head_stamp
-from experiments.train_draft_head import ensure_draft_head
-from models.errors import unknown_name
+from models.errors import InputError, unknown_name
 
 _PROG = "python -m experiments.reproduce"
 _DESCRIPTION = (__doc__ or "").split("\n")[0]
@@ -54,10 +52,6 @@ class TableRow:
     def __post_init__(self) -> None:
         if self.corpus < 0 or (self.corpus and self.method != "aded"):
             raise ValueError(f"row {self.name!r}: corpus is a number of questions, and only for aded")
-        if self.head is not None and not self.draft and self.method not in HEADS:
-            raise ValueError(f"row {self.name!r} has a head, which belongs to a draft: set draft to true")
-        if self.head is None and self.method in HEADS:
-            raise ValueError(f"row {self.name!r} drafts with a trained head: name its file in head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +203,30 @@ def read_tasks(config: TableConfig) -> dict[str, list[Question]]:
     return {task: [q for q in questions if q.task == task] for task in tasks if task in wanted}
 
 
+def _check_heads(config: TableConfig) -> None:
+    """Raises InputError where a row has a head that its method has no use for, or lacks the one that it needs."""
+    from decoding import METHODS
+
+    for row in config.rows:
+        own = row.method in METHODS and METHODS[row.method].own_head
+        if row.head is not None and not row.draft and not own:
+            raise InputError(f"row {row.name!r} has a head, which belongs to a draft: set draft to true")
+        if row.head is None and own:
+            raise InputError(f"row {row.name!r} drafts with a trained head: name its file in head")
+
+
+def _ensure_head(config: TableConfig, row: TableRow) -> None:
+    """Trains the head of a row where its file does not exist yet."""
+    if row.head is None:
+        return
+    if config.draft is not None and row.draft:
+        ensure_head(row.head, row.train, config.model, config.draft, config.dtype)
+    elif not row.draft:
+        from experiments.train_draft_head import ensure_draft_head
+
+        ensure_draft_head(row.head, row.train, config.model, config.dtype)
+
+
 def run_training_table(argv: Sequence[str]) -> str:
     """Trains what is missing of a table of training runs and writes it; returns the page."""
     from experiments import train_pages, train_table
@@ -230,16 +248,14 @@ def main(argv: list[str] | None = None) -> None:
         print(run_training_table(argv))
         return
     config = load_config(TableConfig, argv, prog=_PROG, description=_DESCRIPTION)
+    _check_heads(config)
     questions = read_tasks(config)
     setup_runtime()
     with locked(config.folder, "--out"):
         (config.folder / "runs").mkdir(exist_ok=True)
         save_config(config, config.folder / "config.yaml")
         for row in config.chosen:
-            if row.head is not None and row.method in HEADS:
-                ensure_draft_head(row.head, row.train, config.model, config.dtype)
-            elif row.head is not None and config.draft is not None:
-                ensure_head(row.head, row.train, config.model, config.draft, config.dtype)
+            _ensure_head(config, row)
         cells = measure(config, questions)
         written = write_table(config, cells, questions)
     print(f"\n{written}\nsaved in {config.folder}{os.sep}")
