@@ -27,6 +27,7 @@ from decoding.sparse.streaming import STREAMING
 from decoding.sparse.tidal import TIDAL
 from decoding.speculative.aded import ADED
 from decoding.speculative.dyspec import DYSPEC
+from decoding.speculative.eagle import EAGLE
 from decoding.speculative.hidden_transfer import HIDDEN_TRANSFER
 from decoding.speculative.medusa import MEDUSA
 from decoding.speculative.prompt_lookup import PROMPT_LOOKUP
@@ -47,6 +48,7 @@ METHODS: dict[str, Method] = {
     "aded": ADED,
     "core_infer": CORE_INFER,
     "dyspec": DYSPEC,
+    "eagle": EAGLE,
     "entropy_adaptive": ENTROPY_ADAPTIVE,
     "hidden_transfer": HIDDEN_TRANSFER,
     "lserve": LSERVE,

@@ -214,7 +214,8 @@ def _train(config: DraftHeadConfig, run: HeadRun, state: Any, checkpoints: Any, 
 
     if start >= config.steps:
         return figures
-    hooks = [Hook(config.saving.every, save), Hook(config.evaluate_every, measure)]
+    # Measured before it is saved: a run that is over has measured its last state.
+    hooks = [Hook(config.evaluate_every, measure), Hook(config.saving.every, save)]
     train(run.step, state, run.constants, run.batch, config.steps, report, hooks)
     checkpoints.wait()
     return figures

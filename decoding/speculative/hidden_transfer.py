@@ -14,12 +14,11 @@ larger than the rest. The paper guesses and verifies in one pass, in which every
 own; here the K pseudo rows of the row that was kept are run alone before the next pass (the same guesses, from
 N + K rows of the upper layers in place of N (1 + K)).
 
-Axis letters: B batch, T tokens of a row, K offsets, P = T*K pseudo rows, D model width, H query heads, N key heads,
-G = H/N, E head width.
+Axis letters: B batch, T tokens of a row, K offsets, D model width.
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,8 @@ import numpy as np
 from decoding.method import Method, Steps, WithDraft
 from decoding.speculative.draft_head import HeadKind, HeadOptions, Reading, make_parallel, normed
 from decoding.speculative.drafter import Round
-from models.attention import TreeRows, attention_scores, masked_attention, scaled, tree_attend, visible_softmax
+from decoding.speculative.groups import Groups, group_attend
+from models.attention import TreeRows, tree_attend
 from models.cache import KVCache
 from models.decoder import Decoder
 from models.errors import InputError
@@ -70,51 +70,6 @@ class HiddenTransferOptions(HeadOptions):
     """Head and tree."""
 
     head: Any = HiddenTransferConfig()
-
-
-class Groups(NamedTuple):
-    """The context of `group_attend`: i32[B, T] positions and segments of the text, bool[K, K] which pseudo state (the
-    second axis) another one sees.
-    """
-
-    positions: jax.Array
-    segments: jax.Array
-    sees: np.ndarray
-
-
-def group_attend(q, k, v, cache, ctx: Groups, *, config, layer):
-    """Attention of a text and of pseudo rows behind each of its tokens, T + P rows.
-
-    The text sees itself alone, a pseudo row the text up to its token and its own group. See `models.attention.Attend`
-    for the arguments.
-    """
-    length, count = ctx.positions.shape[1], ctx.sees.shape[0]
-    keys, values = jnp.swapaxes(k[:, :length], 1, 2), jnp.swapaxes(v[:, :length], 1, 2)
-    visible = ctx.segments[:, :, None] == ctx.segments[:, None, :]
-    visible &= jnp.tri(length, dtype=bool)[None]
-    gap = ctx.positions[:, :, None] - ctx.positions[:, None, :]
-    near = visible if config.window is None else visible & (gap < config.window)
-    text = masked_attention(q[:, :length], keys, values, near, config)
-    steps = jnp.arange(1, count + 1)
-    behind = jnp.broadcast_to(visible[:, :, None, :], (*visible.shape[:2], count, length))
-    sees = jnp.asarray(ctx.sees)
-    if config.window is not None:
-        behind &= (gap[:, :, None, :] + steps[None, None, :, None]) < config.window
-        sees &= (steps[:, None] - steps[None, :]) < config.window
-    own_q, own_k, own_v = (
-        x[:, length:].reshape(len(x), length, count, config.num_kv_heads, -1, x.shape[-1]) for x in (q, k, v)
-    )
-    context = attention_scores(q[:, length:], keys, config)  # [B, N, G, P, T]
-    group = jnp.einsum("btkngd,btjnd->bngtkj", own_q, own_k[..., 0, :], precision=PRECISION)
-    group = scaled(group.astype(jnp.float32), config).reshape(*context.shape[:-1], count)
-    shown = jnp.broadcast_to(sees[None, None], (*behind.shape[:3], count))
-    shown = jnp.concatenate([behind, shown], axis=-1).reshape(len(q), 1, 1, length * count, length + count)
-    weights = visible_softmax(jnp.concatenate([context, group], axis=-1), shown).astype(v.dtype)
-    out = jnp.einsum("bngps,bnsd->bpngd", weights[..., :length], values, precision=PRECISION)
-    inner = weights[..., length:].reshape(*weights.shape[:3], length, count, count)
-    own = jnp.einsum("bngtkj,btjnd->btkngd", inner, own_v[..., 0, :], precision=PRECISION)
-    out = (out + own.reshape(out.shape)).reshape(len(q), length * count, *q.shape[2:])
-    return jnp.concatenate([text, out.astype(q.dtype)], axis=1), cache, ctx
 
 
 def transfer(model: Decoder, params: Any, values: Any, offset: int, layer: int, h: jax.Array) -> jax.Array:

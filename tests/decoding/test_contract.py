@@ -40,6 +40,7 @@ SMALL = {  # options of methods that take long to compile, or that would read al
     "aded": {"slots": 256, "iterations": 20, "sentences": 6},
     "core_infer": {"first": 1, "last": 1},
     "dyspec": {"budget": 5, "frontier": 3, "depth": 3},
+    "eagle": {"nodes": 9, "offsets": 3},
     "hidden_transfer": {"nodes": 9, "head": HiddenTransferConfig(layers=(1, 2, 2))},
     "lserve": {
         "budget": 6,

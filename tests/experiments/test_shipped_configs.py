@@ -41,6 +41,7 @@ KINDS = {
     "tables/hyperfitting": TrainTableConfig,
     "train": TrainConfig,
     "train/specdec_pp": HeadConfig,
+    "train/eagle": DraftHeadConfig,
     "train/hidden_transfer": DraftHeadConfig,
     "train/medusa": DraftHeadConfig,
     "generate": GenerateConfig,

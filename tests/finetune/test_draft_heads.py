@@ -9,7 +9,10 @@ import pytest
 
 from decoding import WithDraft, make_decode_fn
 from decoding.speculative.draft_head import Reading
+from decoding.speculative.eagle import EagleConfig
+from decoding.speculative.head_kinds import kind_of
 from decoding.speculative.head_trees import calibrated_tree
+from decoding.speculative.hidden_transfer import HiddenTransferConfig
 from decoding.speculative.medusa import MEDUSA_HEAD, MedusaConfig
 from finetune.adapters.saved import Base, base_of
 from finetune.draft_heads import (
@@ -59,15 +62,18 @@ def hidden(tiny, folder):
 
 @pytest.fixture(scope="module")
 def batch(rows, hidden) -> HeadBatch:
-    """All texts, packed into rows of 48."""
-    batches = Batches(index_rows(rows, np.arange(8)), batch_size=6, length=48)
+    """All texts, packed into rows of 64."""
+    batches = Batches(index_rows(rows, np.arange(8)), batch_size=5, length=64)
     assert len(batches) == 1
     return filled(batches(0), rows, hidden)
 
 
 def random_values(tiny, config=CONFIG):
-    fresh = MEDUSA_HEAD.init(config, *tiny, jax.random.key(2))
-    return jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
+    return scattered(MEDUSA_HEAD.init(config, *tiny, jax.random.key(2)), 0.05)
+
+
+def scattered(values, scale):
+    return jax.tree.map(lambda x: x + scale * jax.random.normal(jax.random.key(x.size), x.shape), values)
 
 
 def trainer_of(tiny, rows, config=CONFIG, **loss):
@@ -165,6 +171,27 @@ def test_updates_learn_and_leave_the_target_alone(tiny, rows, batch):
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.6 * losses[0] and int(state.step) == 30 and float(metrics["grad_norm"]) > 0
     jax.tree.map(np.testing.assert_array_equal, before, constants.params)
+
+
+@pytest.mark.parametrize(
+    "config", [EagleConfig(offsets=3), HiddenTransferConfig(layers=(1,))], ids=lambda config: config.type
+)
+def test_decoding_accepts_what_training_simulates(tiny, rows, folder, config):
+    """The head's guesses in training are those in decoding: one step is as long as the other, in every text."""
+    model, params = tiny
+    kind = kind_of(config)
+    hidden = open_streams(folder, base_of("tiny", params), "texts", kind.streams(config, model))
+    trainer, _ = make_trainer(kind, config, model, params, HeadLoss(), rows.tokens)
+    values, chosen = scattered(kind.init(config, model, params, jax.random.key(2)), 0.1), np.arange(8)
+    ranks = all_ranks(make_ranks(trainer), params, values, rows, hidden, chosen, 64)
+    accuracy = accuracy_of(ranks)
+    simulated = accept_length(calibrated_tree(accuracy, 12)[0], ranks, rows, chosen)
+    fn = make_decode_fn(model, config.type, max_new_tokens=ROOM, head=config, accuracy=accuracy, nodes=12)
+    plain = config.type != "eagle"  # whether the first step is a plain one, for want of streams
+    prompts = [rows.tokens[rows.starts[r] : rows.starts[r + 1] - ROOM + (not plain)].tolist() for r in chosen]
+    stats = jax.tree.map(np.asarray, fn(WithDraft(params, values), prompts, max_new_tokens=ROOM - (not plain)).stats)
+    assert stats.accepted.sum() > 10
+    assert simulated == pytest.approx((stats.emitted - plain).sum() / (stats.steps - plain).sum())
 
 
 def test_simulated_accept_lengths_are_those_of_decoding(tiny, rows, hidden):
