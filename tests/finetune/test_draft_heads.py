@@ -107,6 +107,7 @@ def test_files_of_hidden_states_that_do_not_fit_are_refused(tiny, rows, folder, 
     (folder / "1.npy").write_bytes(whole[:-7])
     with pytest.raises(InputError, match="missing, cut short or damaged"):
         open_streams(folder, base, "texts", (1,))
+    (folder / "1.npy").write_bytes(whole)
 
 
 def test_what_is_guessed_from_where(rows, batch):
