@@ -1,7 +1,8 @@
-"""Attention of texts and of short groups of rows behind each of their tokens: how heads that draft by attending are
-trained at every token of a text at once.
+"""Attention of rows that guess behind a text and never stay: a few behind a cache, in decoding, and a group of them
+behind each token of a text at once, in training.
 
-Axis letters: B batch, T tokens of a row, K rows of a group, P = T*K, H query heads, N key heads, G = H/N, E head width.
+Axis letters: B batch, T tokens of a row, K rows of a group, P = T*K, S cache slots, H query heads, N key heads,
+G = H/N, E head width.
 """
 
 from typing import NamedTuple
@@ -10,7 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.attention import attention_scores, masked_attention, scaled, visible_softmax
+from models.attention import (
+    TreeRows,
+    attention_output,
+    attention_scores,
+    masked_attention,
+    scaled,
+    visible_softmax,
+)
 from models.kernels import PRECISION
 
 
@@ -57,3 +65,24 @@ def group_attend(q, k, v, cache, ctx: Groups, *, config, layer):
     own = jnp.einsum("bngtkj,btjnd->btkngd", inner, own_v[..., 0, :], precision=PRECISION)
     out = (out + own.reshape(out.shape)).reshape(len(q), length * count, *q.shape[2:])
     return jnp.concatenate([text, out.astype(q.dtype)], axis=1), cache, ctx
+
+
+def behind_attend(q, k, v, cache, ctx: TreeRows, *, config, layer):
+    """Attention of K rows behind a cache that stays as it is: what `models.attention.tree_attend` says of them, but
+    nothing is written, and so nothing copied. All K rows of `ctx` come at once. See `models.attention.Attend` for the
+    arguments.
+    """
+    keys, values = (jnp.swapaxes(x, 1, 2) for x in (k, v))
+    slots = jnp.arange(cache.k.shape[2])[None, None, :]
+    committed = slots < cache.length[:, None, None]
+    committed = jnp.broadcast_to(committed, (len(q), q.shape[1], slots.shape[-1]))
+    own = jnp.broadcast_to(ctx.ancestors, (len(q), *ctx.ancestors.shape[1:]))
+    if config.window is not None:
+        positions = cache.length[:, None] + ctx.depth
+        committed &= slots > positions[:, :, None] - config.window
+        own &= (ctx.depth[:, :, None] - ctx.depth[:, None, :]) < config.window
+    scores = jnp.concatenate([attention_scores(q, cache.k, config), attention_scores(q, keys, config)], axis=-1)
+    weights = visible_softmax(scores, jnp.concatenate([committed, own], axis=-1)[:, None, None])
+    split = slots.shape[-1]
+    out = attention_output(weights[..., :split], cache.v) + attention_output(weights[..., split:], values)
+    return out.astype(q.dtype), cache, ctx

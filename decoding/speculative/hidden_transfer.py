@@ -27,8 +27,8 @@ import numpy as np
 from decoding.method import Method, Steps, WithDraft
 from decoding.speculative.draft_head import HeadKind, HeadOptions, Reading, make_parallel, normed
 from decoding.speculative.drafter import Round
-from decoding.speculative.groups import Groups, group_attend
-from models.attention import TreeRows, tree_attend
+from decoding.speculative.groups import Groups, behind_attend, group_attend
+from models.attention import TreeRows
 from models.cache import KVCache
 from models.decoder import Decoder
 from models.errors import InputError
@@ -149,7 +149,7 @@ def cached_streams(
         rows = TreeRows(jnp.asarray(visible_groups(config, start)[None, :depth, :depth]), steps)
 
         def run(module: Decoder, x: jax.Array, rows=rows, start=start, stop=stop) -> jax.Array:
-            return module.layers(x, positions, cache, tree_attend, rows, start=start, stop=stop)[0]
+            return module.layers(x, positions, cache, behind_attend, rows, start=start, stop=stop)[0]
 
         pseudo = model.apply({"params": params}, pseudo, method=run)
     return pseudo

@@ -41,7 +41,7 @@ SMALL = {  # options of methods that take long to compile, or that would read al
     "core_infer": {"first": 1, "last": 1},
     "dyspec": {"budget": 5, "frontier": 3, "depth": 3},
     "eagle": {"nodes": 9, "offsets": 3},
-    "hidden_transfer": {"nodes": 9, "head": HiddenTransferConfig(layers=(1, 2, 2))},
+    "hidden_transfer": {"nodes": 9, "head": HiddenTransferConfig(layers=(0, 1, 1))},
     "lserve": {
         "budget": 6,
         "page": 2,
