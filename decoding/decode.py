@@ -30,6 +30,9 @@ from decoding.sparse.streaming import STREAMING
 from decoding.sparse.tidal import TIDAL
 from decoding.speculative.aded import ADED
 from decoding.speculative.dyspec import DYSPEC
+from decoding.speculative.eagle import EAGLE
+from decoding.speculative.hidden_transfer import HIDDEN_TRANSFER
+from decoding.speculative.medusa import MEDUSA
 from decoding.speculative.prompt_lookup import PROMPT_LOOKUP
 from decoding.speculative.rapid import RAPID
 from decoding.speculative.rsd import RSD_C, RSD_S
@@ -51,8 +54,11 @@ METHODS: dict[str, Method] = {
     "core_infer": CORE_INFER,
     "diverse_beam": DIVERSE_BEAM,
     "dyspec": DYSPEC,
+    "eagle": EAGLE,
     "entropy_adaptive": ENTROPY_ADAPTIVE,
+    "hidden_transfer": HIDDEN_TRANSFER,
     "lserve": LSERVE,
+    "medusa": MEDUSA,
     "prompt_lookup": PROMPT_LOOKUP,
     "rapid": RAPID,
     "rsd_c": RSD_C,
@@ -185,7 +191,8 @@ class DecodeFn:
         """Decodes.
 
         Args:
-            params: the model's parameters; for a method that drafts with a second model `WithDraft(target, draft)`.
+            params: the model's parameters; for a method that drafts with a second model or a head
+                `WithDraft(target, draft)`.
                 Where they lie on a mesh (`models.sharding`), rows are spread over it too, and every process that holds
                 a part of it makes the same call.
             prompts: B lists of token ids, each of any length.
@@ -289,9 +296,10 @@ class DecodeFn:
         return np.ones_like(lengths)
 
     def _check_params(self, params: Any) -> None:
-        drafts = METHODS[self.plan.method].drafts
-        if drafts != isinstance(params, WithDraft):
-            wanted = "WithDraft(target, draft)" if drafts else "the model's own parameters, not WithDraft"
+        method = METHODS[self.plan.method]
+        if method.paired != isinstance(params, WithDraft):
+            wanted = "WithDraft(target, draft)" if method.drafts else "the model's own parameters, not WithDraft"
+            wanted = "WithDraft(target, head), with a trained head (--head FILE)" if method.own_head else wanted
             raise InputError(f"method {self.plan.method!r} takes {wanted} as params")
 
     def _draft_prompts(self, prompts: Sequence[Sequence[int]] | None, batch: int) -> Prompts | None:

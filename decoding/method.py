@@ -39,7 +39,9 @@ class Call:
 
 @struct.dataclass
 class WithDraft:
-    """The parameters of a method that drafts with a second model: pass `WithDraft(target, draft)` as `params`."""
+    """The parameters of a method that drafts with a second model or a trained head: pass `WithDraft(target, draft)` as
+    `params`.
+    """
 
     target: Any
     draft: Any
@@ -133,7 +135,8 @@ class Method(NamedTuple):
         make: (model, options, stop_tokens) -> Steps.
         temperature: the default of calls that give none; None: the method does not sample at all.
         drafts: whether it drafts with a second model: `options.draft` is then that model, `params` a `WithDraft`.
-        head: whether that model may come with an acceptance head.
+        head: whether a trained head goes with it: where it drafts with a second model an acceptance head of that, which
+            may be left out; else a draft head of the model itself: `params` is then `WithDraft(target, DraftHead)`.
         encoders: whether it also decodes models that read prompts with an encoder.
         shared: whether the rows of a batch share a choice, so that a row's text depends on who shares its batch.
         settings: what users set beside `options` without compiling anew: a number for all rows or one per row, given
@@ -149,3 +152,13 @@ class Method(NamedTuple):
     encoders: bool = False
     shared: bool = False
     settings: Mapping[str, Setting] = MappingProxyType({})
+
+    @property
+    def paired(self) -> bool:
+        """Whether `params` is a `WithDraft`."""
+        return self.drafts or self.head
+
+    @property
+    def own_head(self) -> bool:
+        """Whether it drafts with a head of the model itself."""
+        return self.head and not self.drafts

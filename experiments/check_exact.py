@@ -162,18 +162,48 @@ def made(config: ExactCheckConfig, loader: Loader, checked: CheckedMethod, longe
         longest: tokens of the longest prompt.
         stops: stop tokens; none: the model's own.
     """
-    from decoding import METHODS, DecodeFn
-    from decoding.prefill import bucket_length
+    from decoding import METHODS
 
     if checked.method not in METHODS:
         raise unknown_name("method", checked.method, METHODS)
+    if METHODS[checked.method].own_head:
+        return _with_random_head(config, loader, checked, longest, stops)
     draft = (config.draft or loader.rounded(config.model)) if METHODS[checked.method].drafts else None
     fn, params, _ = loader.decode_fn(
         config.model, checked.method, checked.options, draft=draft, head=None, max_new_tokens=config.max_new_tokens
     )
+    return _sized(fn, longest, stops), params
+
+
+def _with_random_head(
+    config: ExactCheckConfig, loader: Loader, checked: CheckedMethod, longest: int, stops: Sequence[int]
+) -> tuple[Any, Any]:
+    """Returns what `made` does, for a method with a head of the model's own: one that was never trained."""
+    import jax
+
+    from decoding import WithDraft, make_decode_fn
+    from decoding.speculative.head_kinds import HEADS
+
+    model, params, tokenizer = loader.model(config.model)
+    fn = make_decode_fn(
+        model,
+        checked.method,
+        max_new_tokens=config.max_new_tokens,
+        stop_tokens=tokenizer.stop_ids,
+        **checked.options,
+    )
+    head = HEADS[checked.method].init(fn.plan.options.head, model, params, jax.random.key(0))
+    head = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(x.size), x.shape), head)
+    return _sized(fn, longest, stops), WithDraft(params, head)
+
+
+def _sized(fn: Any, longest: int, stops: Sequence[int]) -> Any:
+    """Returns the decode function with a cache for the longest prompt and these stop tokens."""
+    from decoding import DecodeFn
+    from decoding.prefill import bucket_length
+
     slots = fn.plan.num_slots(bucket_length(longest))
-    plan = dataclasses.replace(fn.plan, stop_tokens=tuple(stops) or fn.plan.stop_tokens, cache_slots=slots)
-    return DecodeFn(plan), params
+    return DecodeFn(dataclasses.replace(fn.plan, stop_tokens=tuple(stops) or fn.plan.stop_tokens, cache_slots=slots))
 
 
 def check(config: ExactCheckConfig, loader: Loader, prompts: Sequence[list[int]]) -> dict[str, tuple[Found, Found]]:

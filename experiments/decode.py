@@ -44,9 +44,7 @@ class DecodeConfig:
     adapter: Path | None = None  # an adapter that experiments.train saved for this model; merged into it
     method: str = "greedy"  # a decoding method
     draft: str | None = None  # the model that drafts, by name or path, for methods that draft with a second one
-    head: Path | None = (
-        None  # the draft's acceptance head, for methods that use one (experiments.train_acceptance_head)
-    )
+    head: Path | None = None  # a trained head, for methods that use one (experiments.train_{acceptance,draft}_head)
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # the method's own options and settings
     sampling: SamplingSettings = SamplingSettings()
     seed: int = 0  # prompt i samples with seed + i
@@ -127,6 +125,11 @@ def check_method(config: DecodeConfig) -> None:
     if config.head is not None and not method.head:
         heads = ", ".join(name for name, row in METHODS.items() if row.head)
         raise InputError(f"method {config.method!r} has no use for a head: leave out --head, or use {heads}")
+    if method.own_head and config.head is None:
+        raise InputError(
+            f"method {config.method!r} drafts with a trained head: name its file with --head; python -m "
+            f"experiments.train_draft_head --config configs/train/{config.method}.yaml trains one"
+        )
     if config.batch_size > 1 and method.shared:
         raise InputError(
             f"with method {config.method!r} the rows of a batch share a choice, and a text would depend on the prompts "

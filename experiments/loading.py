@@ -17,6 +17,7 @@ class Loader:
         self.dtype = dtype
         self._models: dict[str, Any] = {}
         self._gates: dict[Any, Any] = {}
+        self._bases: dict[str, Any] = {}
 
     def model(self, name: str) -> tuple[Any, Any, Any]:
         """Returns (model, params, tokenizer) of a registry name or path."""
@@ -64,14 +65,15 @@ class Loader:
             options: its own static options; `latency: measured` stands for the curve of this machine, `gates: measured`
                 or a seed for those of `experiments.gates`.
             draft: the model that drafts, or None.
-            head: the draft's acceptance head, or None.
+            head: the draft's acceptance head, or None; or the model's own draft head, which brings its settings and
+                accuracy into the options.
             max_new_tokens: room for new tokens.
             context: tokens behind which a measured curve is measured.
 
         Raises:
-            InputError: a model without a tokenizer, a head of another draft, or options that do not fit.
+            InputError: a model without a tokenizer, a head of another model, or options that do not fit.
         """
-        from decoding import WithDraft, make_decode_fn
+        from decoding import METHODS, WithDraft, make_decode_fn
 
         model, params, tokenizer = self.model(name)
         if tokenizer is None:
@@ -86,9 +88,27 @@ class Loader:
             params = WithDraft(
                 params, drafts if head is None else _with_head(name, draft, options["draft"], drafts, head)
             )
+        elif METHODS[method].own_head:
+            head_options, values = self._own_head(name, method, params, head)
+            options, params = {**options, **head_options}, WithDraft(params, values)
         stops = tokenizer.stop_ids
         decode_fn = make_decode_fn(model, method, max_new_tokens=max_new_tokens, stop_tokens=stops, **options)
         return decode_fn, params, tokenizer
+
+    def _own_head(self, name: str, method: str, params: Any, head: Path | None) -> tuple[dict[str, Any], Any]:
+        """Returns what a draft head's file brings into the options, and the head's values."""
+        from finetune.adapters.saved import base_of
+        from finetune.saved_heads import load_draft_head
+
+        if head is None:
+            raise InputError(
+                f"method {method!r} drafts with a trained head: name its file with --head; python -m "
+                f"experiments.train_draft_head --config configs/train/{method}.yaml trains one"
+            )
+        if name not in self._bases:
+            self._bases[name] = base_of(name, params)
+        saved = load_draft_head(head, self._bases[name], method)
+        return {"head": saved.config, "accuracy": saved.accuracy}, saved.values
 
     def with_gates(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """Returns options of `lserve` with gates in numbers; those of a model, sink and window are measured once."""

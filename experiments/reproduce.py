@@ -26,7 +26,7 @@ from experiments.rows import Rows
 from experiments.runtime import run_main, setup_runtime
 from experiments.tables import write_table
 from experiments.train_acceptance_head import ensure_head, head_stamp
-from models.errors import unknown_name
+from models.errors import InputError, unknown_name
 
 _PROG = "python -m experiments.reproduce"
 _DESCRIPTION = (__doc__ or "").split("\n")[0]
@@ -42,7 +42,7 @@ class TableRow:
     sampling: SamplingSettings = SamplingSettings()
     draft: bool = False  # drafts with the table's draft model
     retrieval: Retrieval | None = None  # shortens documents; None: they are read whole
-    head: Path | None = None  # the draft's acceptance head, for methods that use one
+    head: Path | None = None  # the draft's acceptance head, or the model's own draft head, for methods that use one
     train: Path | None = None  # the config that trains the head where it does not exist yet
     paper: str = ""  # what the paper reports, in words and figures
     # Questions of the file, of those that no cell asks, whose replies by the target an ADED table starts from. Not in
@@ -52,8 +52,6 @@ class TableRow:
     def __post_init__(self) -> None:
         if self.corpus < 0 or (self.corpus and self.method != "aded"):
             raise ValueError(f"row {self.name!r}: corpus is a number of questions, and only for aded")
-        if self.head is not None and not self.draft:
-            raise ValueError(f"row {self.name!r} has a head, which belongs to a draft: set draft to true")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +203,30 @@ def read_tasks(config: TableConfig) -> dict[str, list[Question]]:
     return {task: [q for q in questions if q.task == task] for task in tasks if task in wanted}
 
 
+def _check_heads(config: TableConfig) -> None:
+    """Raises InputError where a row has a head that its method has no use for, or lacks the one that it needs."""
+    from decoding import METHODS
+
+    for row in config.rows:
+        own = row.method in METHODS and METHODS[row.method].own_head
+        if row.head is not None and not row.draft and not own:
+            raise InputError(f"row {row.name!r} has a head, which belongs to a draft: set draft to true")
+        if row.head is None and own:
+            raise InputError(f"row {row.name!r} drafts with a trained head: name its file in head")
+
+
+def _ensure_head(config: TableConfig, row: TableRow) -> None:
+    """Trains the head of a row where its file does not exist yet."""
+    if row.head is None:
+        return
+    if config.draft is not None and row.draft:
+        ensure_head(row.head, row.train, config.model, config.draft, config.dtype)
+    elif not row.draft:
+        from experiments.train_draft_head import ensure_draft_head
+
+        ensure_draft_head(row.head, row.train, config.model, config.dtype)
+
+
 def run_training_table(argv: Sequence[str]) -> str:
     """Trains what is missing of a table of training runs and writes it; returns the page."""
     from experiments import train_pages, train_table
@@ -226,14 +248,14 @@ def main(argv: list[str] | None = None) -> None:
         print(run_training_table(argv))
         return
     config = load_config(TableConfig, argv, prog=_PROG, description=_DESCRIPTION)
+    _check_heads(config)
     questions = read_tasks(config)
     setup_runtime()
     with locked(config.folder, "--out"):
         (config.folder / "runs").mkdir(exist_ok=True)
         save_config(config, config.folder / "config.yaml")
         for row in config.chosen:
-            if row.head is not None and config.draft is not None:
-                ensure_head(row.head, row.train, config.model, config.draft, config.dtype)
+            _ensure_head(config, row)
         cells = measure(config, questions)
         written = write_table(config, cells, questions)
     print(f"\n{written}\nsaved in {config.folder}{os.sep}")

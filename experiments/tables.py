@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.cells import Cell, total
+from experiments.head_pages import head_section
 from experiments.questions import Question
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def markdown(
     for row in config.chosen:
         figures = [_figure(measures[row.name, ALL][measure]) for measure in shown]
         lines.append(f"| {row.name} | {' | '.join(figures)} |")
+    lines += head_section(config.chosen)
     lines += ["", "Break-even MAT is a step's time over a plain step's: decoding is faster than plain above it.", ""]
     lines += [_answer(claim, measures) for claim in config.claims]
     return "\n".join(lines).rstrip() + "\n"

@@ -73,7 +73,7 @@ def summed_loss(
     x, context = jax.tree.map(lambda value: value[:, :-1], (x, jax.lax.stop_gradient(context)))
     rows_here = wanted.shape[0] // (1 if mesh is None else num_row_shards(mesh))
     width = min(wanted.shape[1], max(1, chunk // rows_here))
-    x, *rest = _columns((x, context, batch.tokens[:, 1:], wanted), width)
+    x, *rest = columns((x, context, batch.tokens[:, 1:], wanted), width)
 
     def of(head, x, rest):
         x, context, labels, wanted = jax.tree.map(lambda value: value.reshape(-1, *value.shape[2:]), (x, *rest))
@@ -83,13 +83,13 @@ def summed_loss(
         return kept.pop("objective"), kept
 
     head = {name: value for name, value in params.items() if not name.startswith("layers_")}
-    total, figures = _sum_over_chunks(of, head, x, tuple(rest))
+    total, figures = sum_over_chunks(of, head, x, tuple(rest))
     tokens = jnp.sum(wanted).astype(jnp.float32)
     routing = {name: value * tokens for name, value in routing.items()}
     return sum(routing.values(), total), figures | routing | {"tokens": tokens}
 
 
-def _sum_over_chunks(of: Callable[..., Any], head: Any, x: jax.Array, rest: Any) -> tuple[jax.Array, Metrics]:
+def sum_over_chunks(of: Callable[..., Any], head: Any, x: jax.Array, rest: Any) -> tuple[jax.Array, Metrics]:
     """Adds up (value, figures) = of(head, chunk of x, chunk of rest), one chunk at a time.
 
     The gradient of the value in head and x is taken on the way, while a chunk's logits exist: a backward pass would
@@ -126,7 +126,7 @@ def _summed(rows: Any) -> Any:
     return jax.tree.map(lambda value: jnp.sum(value, axis=0), rows)
 
 
-def _columns(tree: Any, width: int) -> Any:
+def columns(tree: Any, width: int) -> Any:
     """Cuts [B, T, ...] into [chunks, B, width, ...], zeros behind the last token: rows stay on their devices."""
 
     def cut(value):

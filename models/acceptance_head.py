@@ -6,7 +6,6 @@ last one, after the final norm, in float32.
 Axis letters: B batch, T query length, N places, D the draft's width, V vocabulary.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import safetensors
-from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.flax import save_file
 
 from models.cache import KVCache
 from models.decoder import Decoder, next_positions
 from models.errors import InputError
+from models.head_file import read_head, write_head
 from models.layers import Linear
 
 _KIND = "acceptance_head"
@@ -84,17 +81,7 @@ def save_head(path: Path, params: Mapping[str, Any], *, draft: str, depth: int, 
     Raises:
         InputError: the file cannot be written.
     """
-    metadata = {**facts, "kind": _KIND, "draft": Path(draft).name, "depth": str(depth)}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({".".join(name): leaf for name, leaf in flatten_dict(params).items()}, partial, metadata)
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"cannot write the head to {path}: {error}") from error
-    finally:
-        if partial.is_file():
-            partial.unlink()
+    write_head(path, _KIND, params, {**facts, "draft": Path(draft).name, "depth": str(depth)})
 
 
 def load_head(path: Path, draft: str, width: int, target: str | None = None) -> tuple[dict[str, Any], int]:
@@ -109,19 +96,8 @@ def load_head(path: Path, draft: str, width: int, target: str | None = None) -> 
     Raises:
         InputError: no such file, one that holds no head, or the head of another draft or target.
     """
-    try:
-        with safetensors.safe_open(path, framework="flax") as file:
-            facts = file.metadata() or {}
-            params = unflatten_dict({tuple(name.split(".")): file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise InputError(
-            f"no such head: {path}; train one with python -m experiments.train_acceptance_head --draft {draft} --out "
-            f"{path}"
-        ) from error
-    except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a readable safetensors file (cut short or damaged? {error})") from error
-    if facts.get("kind") != _KIND:
-        raise InputError(f"{path} holds no acceptance head: wanted a file of experiments.train_acceptance_head")
+    main = "experiments.train_acceptance_head"
+    params, facts = read_head(path, _KIND, main, f"--draft {draft} --out {path}")
     if facts["draft"] != Path(draft).name:
         raise InputError(
             f"{path} is a head for draft {facts['draft']!r}, not for {Path(draft).name!r}: train one for this draft"

@@ -178,7 +178,14 @@ class Decoder(nn.Module):
 
     def unembed(self, x: jax.Array) -> jax.Array:
         """Maps the residual stream after the last block, [..., D], to logits f32[..., V]."""
-        x = self.final_norm(x)
+        return self.scores(self.normed(x))
+
+    def normed(self, x: jax.Array) -> jax.Array:
+        """Returns the residual stream after the last block under the final norm: what the unembedding reads."""
+        return self.final_norm(x)
+
+    def scores(self, x: jax.Array) -> jax.Array:
+        """Maps what the unembedding reads, [..., D], to logits f32[..., V]."""
         logits = self.embedding.scores(x) if self.config.tied_embeddings else self.unembedding(x)
         return softcap(logits * self.config.logit_scale, self.config.logit_softcap)
 

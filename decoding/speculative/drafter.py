@@ -1,6 +1,6 @@
 """What a drafter is to the loop: a triple of pure functions, as an optimiser is a pair.
 
-Axis letters: B batch, W tree rows, A tokens that one step emits at most, V vocabulary.
+Axis letters: B batch, W tree rows, A tokens that one step emits at most, D model width, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from decoding.prefill import Prompts
 from decoding.speculative.target import Verified
 from decoding.speculative.tree import TokenTree
 from decoding.speculative.verify import Mode
+from models.cache import KVCache
 
 
 @struct.dataclass
@@ -26,6 +27,7 @@ class Round:
         call: what the user set for this call.
         seen: bool[B, V], tokens that occur in prompt or output.
         done: bool[B], rows that have ended.
+        cache: the target's, with every token but the newest; to be read, never to be written.
     """
 
     last: jax.Array
@@ -33,6 +35,7 @@ class Round:
     call: Call
     seen: jax.Array
     done: jax.Array
+    cache: KVCache
 
 
 @struct.dataclass
@@ -41,7 +44,7 @@ class Seen:
 
     Attributes:
         tree: what it proposed.
-        digest: what `Drafter.digest` made of the target's logits; zeros for rows that the target did not read.
+        digest: what `Drafter.digest` made of the target's pass; zeros for rows that the target did not read.
         verified: what was kept.
         emitted: i32[B], tokens that were added to the output: `verified.tokens` up to here. Fewer than were verified
             where a row ended, 0 for rows that are done.
@@ -68,16 +71,17 @@ class Drafter(NamedTuple):
         width: W.
         most: A, one more than the deepest row's depth.
         mode: how its trees are verified when a row samples (greedy rows need none): see `verify`.
-        init: (params, prompts, slots, call) -> draft state; `params` is all that the user passed, `prompts` what the
-            drafter is to read, `slots` the cache that a draft model needs for it.
-        propose: (draft_params, state, round) -> (tree, state, drafted i32[B], draft calls i32[B]).
-        observe: (draft_params, state, seen) -> state.
+        init: (params, prompts, slots, call) -> draft state; `params` is all that the user passed, here and below,
+            `prompts` what the drafter is to read, `slots` the cache that a draft model needs for it.
+        propose: (params, state, round) -> (tree, state, drafted i32[B], draft calls i32[B]).
+        observe: (params, state, seen) -> state.
         cold: () -> the state that stays warm between calls, as it is at first; gives None where nothing stays.
         warm: state -> its part that stays warm.
         smaller: rising numbers of rows below W. Where the live rows of all trees fit one of them, the target runs over
             so many rows only; live rows come first then. Each is compiled.
-        digest: f32[B, X, V] -> arrays [B, X, ...]: what `observe` is to know of the target's logits behind the first X
-            rows, accepted or not; by default nothing.
+        digest: (logits f32[B, X, V], hidden {i: [B, X, D]}) -> arrays [B, X, ...]: what `observe` is to know of the
+            target's pass over the first X rows, accepted or not; by default nothing.
+        collect: the residual streams that `digest` sees, by the index of the layer they enter (`Output.hidden`).
     """
 
     width: int
@@ -89,4 +93,5 @@ class Drafter(NamedTuple):
     cold: Callable[[], Any] = lambda: None
     warm: Callable[[Any], Any] = lambda state: None
     smaller: tuple[int, ...] = ()
-    digest: Callable[[jax.Array], Any] = lambda logits: None
+    digest: Callable[[jax.Array, dict[int, jax.Array]], Any] = lambda logits, hidden: None
+    collect: tuple[int, ...] = ()

@@ -176,7 +176,7 @@ def make_dyspec(model: Decoder, options: DySpecOptions, stop_tokens: tuple[int, 
         one = jnp.ones((batch, 1), jnp.float32)
         zero = jnp.zeros((batch, 1), jnp.int32)
         tree = Candidates(round_.last[:, None], zero - 1, zero, jnp.ones((batch, 1, 1), bool), one * jnp.inf, one)
-        logits, stream = read_newest(draft, params, state.stream, round_)
+        logits, stream = read_newest(draft, params.draft, state.stream, round_)
         logits, laws, ranked = logits[:, None], [], by_rank(round_, options.draft_temperature)
         for level in range(options.depth):
             laws.append(draft_law(logits, round_, options.draft_temperature))
@@ -185,7 +185,7 @@ def make_dyspec(model: Decoder, options: DySpecOptions, stop_tokens: tuple[int, 
             if level + 1 < options.depth:
                 new = sizes[level + 1]
                 rows = tree.tokens[:, -new:], tree.ancestors[:, -new:], tree.depth
-                logits, stream = read_rows(draft, params, stream, *rows)
+                logits, stream = read_rows(draft, params.draft, stream, *rows)
         proposed, places = pruned(tree, jnp.concatenate(laws, axis=1), width)
         drafted = (proposed.parent >= 0).sum(axis=1, dtype=jnp.int32)
         return proposed, DySpecState(stream, places), drafted, jnp.full_like(drafted, options.depth)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from decoding.method import Call, Policy, Steps, WithDraft, target_params
+from decoding.method import Call, Policy, Steps, target_params
 from decoding.prefill import Prompts, prompt_tokens
 from decoding.sampling import step_keys
 from decoding.speculative.drafter import Drafter, Round, Seen
@@ -57,8 +57,8 @@ def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, .
         carry = state.carry
         keys = step_keys(carry.call.keys, state.lengths)
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _DRAFT)
-        round_ = Round(state.last, keys, carry.call, carry.seen, state.done)
-        tree, draft, drafted, draft_calls = drafter.propose(_draft_params(params), carry.draft, round_)
+        round_ = Round(state.last, keys, carry.call, carry.seen, state.done, state.cache)
+        tree, draft, drafted, draft_calls = drafter.propose(params, carry.draft, round_)
         active = (~state.done).astype(jnp.int32)
         stats = state.stats.replace(
             drafted=state.stats.drafted + drafted * active, draft_calls=state.stats.draft_calls + draft_calls * active
@@ -70,11 +70,11 @@ def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, .
             places = jnp.arange(1, drafter.width + 1)[None, :]
             needed = jnp.where((tree.parent >= 0) & ~state.done[:, None], places, 1).max()
             chosen = jnp.searchsorted(jnp.asarray(sizes), needed)
-            found = _nothing(drafter, carry.seen.shape)
+            found = _nothing(model, drafter, params, carry.seen.shape)
             for index, size in enumerate(sizes):
                 run = functools.partial(finish, params, tree=tree.first(size))
                 state, found = run_if(chosen == index, lambda pair, run=run: run(pair[0]), (state, found))
-        draft = drafter.observe(_draft_params(params), draft, Seen(tree, found.digest, found.verified, found.emitted))
+        draft = drafter.observe(params, draft, Seen(tree, found.digest, found.verified, found.emitted))
         return state.replace(carry=state.carry.replace(draft=draft))
 
     rows = max(drafter.width, drafter.most)  # what is read behind the text, and what `commit` moves there
@@ -83,7 +83,7 @@ def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, .
 
 @struct.dataclass
 class Found:
-    """What a target pass says: the verified path, i32[B] tokens that it adds, the drafter's digest of the logits."""
+    """What a target pass says: the verified path, i32[B] tokens that it adds, the drafter's digest of it."""
 
     verified: Verified
     emitted: jax.Array
@@ -108,6 +108,7 @@ def verify_step(
         cache=state.cache,
         attend=policy.attend,
         ctx=TreeRows(tree.ancestors, tree.depth, carry.memory),
+        collect=drafter.collect,
     )
     target = Target(output.logits, carry.call.sampling, carry.seen, carry.call.keys, state.lengths)
     verified = verify(drafter.mode, tree, target, drafter.most)
@@ -119,20 +120,20 @@ def verify_step(
     cache = commit(output.cache, verified.rows, jnp.where(state.done, 0, verified.count))
     unread = drafter.width - tree.tokens.shape[1]
     digest = jax.tree.map(
-        lambda x: jnp.pad(x, ((0, 0), (0, unread), *((0, 0) for _ in x.shape[2:]))), drafter.digest(output.logits)
+        lambda x: jnp.pad(x, ((0, 0), (0, unread), *((0, 0) for _ in x.shape[2:]))),
+        drafter.digest(output.logits, output.hidden),
     )
     carry = carry.replace(seen=seen, memory=output.aux.memory)
     after = after.replace(cache=cache, stats=after.stats.replace(accepted=accepted), carry=carry)
     return after, Found(verified, emitted, digest)
 
 
-def _nothing(drafter: Drafter, shape: tuple[int, int]) -> Found:
+def _nothing(model: Decoder, drafter: Drafter, params: Any, shape: tuple[int, int]) -> Found:
     """Returns zeros in the form of what a pass says; `shape` is (B, V)."""
     batch, vocab = shape
-    digest = jax.eval_shape(drafter.digest, jax.ShapeDtypeStruct((batch, drafter.width, vocab), jnp.float32))
+    dtype = target_params(params)["embedding"]["embedding"].dtype
+    stream = jax.ShapeDtypeStruct((batch, drafter.width, model.config.width), dtype)
+    logits = jax.ShapeDtypeStruct((batch, drafter.width, vocab), jnp.float32)
+    digest = jax.eval_shape(drafter.digest, logits, dict.fromkeys(drafter.collect, stream))
     path, count = jnp.zeros((batch, drafter.most), jnp.int32), jnp.zeros((batch,), jnp.int32)
     return Found(Verified(path, path, count), count, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), digest))
-
-
-def _draft_params(params: Any) -> Any:
-    return params.draft if isinstance(params, WithDraft) else None

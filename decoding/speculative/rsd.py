@@ -73,7 +73,7 @@ def make_rsd_c(model: Decoder, options: RSDCOptions, stop_tokens: tuple[int, ...
     def propose(params: Any, stream: DraftStream, round_: Round):
         shape = template.tree(round_.last[:, None])
         tokens, live = round_.last[:, None], jnp.ones_like(round_.last[:, None], bool)
-        logits, stream = read_newest(draft, params, stream, round_)
+        logits, stream = read_newest(draft, params.draft, stream, round_)
         logits, laws = logits[:, None], []
         ranked = by_rank(round_, options.draft_temperature)
         for level, (start, stop) in enumerate(template.levels):
@@ -87,7 +87,7 @@ def make_rsd_c(model: Decoder, options: RSDCOptions, stop_tokens: tuple[int, ...
             if stop < template.width:
                 ancestors = shape.ancestors[:, start:stop, :stop]
                 logits, stream = read_rows(
-                    draft, params, stream, tokens[:, start:stop], ancestors, shape.depth[:, :stop]
+                    draft, params.draft, stream, tokens[:, start:stop], ancestors, shape.depth[:, :stop]
                 )
         tree = template.tree(tokens, jnp.concatenate(laws, axis=1))
         tree = tree.replace(parent=jnp.where(live, tree.parent, -1))
@@ -109,7 +109,7 @@ def make_rsd_s(model: Decoder, options: RSDSOptions, stop_tokens: tuple[int, ...
         parent, depth = jnp.full((batch, 1), -1), jnp.zeros((1, 1), jnp.int32)
         ancestors = jnp.ones((batch, 1, 1), bool)
         log_q = perturbed = jnp.zeros((batch, 1), jnp.float32)
-        logits, stream = read_newest(draft, params, stream, round_)
+        logits, stream = read_newest(draft, params.draft, stream, round_)
         logits, ranked = logits[:, None], by_rank(round_, options.draft_temperature)
         for level in range(1, options.depth + 1):
             laws.append(draft_law(logits, round_, options.draft_temperature))
@@ -121,7 +121,7 @@ def make_rsd_s(model: Decoder, options: RSDSOptions, stop_tokens: tuple[int, ...
             depth = jnp.concatenate([depth, jnp.full((1, beams), level)], axis=1)
             ancestors = grown(ancestors, row)
             if level < options.depth:
-                logits, stream = read_rows(draft, params, stream, token, ancestors[:, -beams:], depth)
+                logits, stream = read_rows(draft, params.draft, stream, token, ancestors[:, -beams:], depth)
         tree = TokenTree(tokens, parent, depth, ancestors, jnp.concatenate(laws, axis=1))
         drafted = (parent >= 0).sum(axis=1, dtype=jnp.int32)
         return tree, stream, drafted, jnp.full_like(drafted, options.depth)

@@ -179,7 +179,7 @@ def make_specdec_pp(model: Decoder, options: SpecDecPPOptions, stop_tokens: tupl
         return SpecDecPPState(start_stream(draft, own, prompts, slots), jnp.zeros_like(prompts.lengths))
 
     def propose(params: Any, state: SpecDecPPState, round_: Round):
-        own, head = split_params(params, options.stop)
+        own, head = split_params(params.draft, options.stop)
         zero = jnp.zeros(round_.last.shape, jnp.float32)
 
         def extend(carry: tuple[jax.Array, Chain]) -> tuple[jax.Array, Chain]:

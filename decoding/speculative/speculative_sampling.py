@@ -60,11 +60,11 @@ def chain_drafter(draft: Decoder, length: int, temperature: float | None, mode: 
     def propose(params: Any, stream: DraftStream, round_: Round):
         def extend(carry, step):
             cache, token = carry
-            output = draft.apply({"params": params}, token[:, None], cache=cache)
+            output = draft.apply({"params": params.draft}, token[:, None], cache=cache)
             chosen, law = draw_next(output.logits[:, 0], round_, step, temperature)
             return (commit(output.cache, None, jnp.ones_like(token)), chosen), (chosen, law)
 
-        logits, stream = read_newest(draft, params, stream, round_)
+        logits, stream = read_newest(draft, params.draft, stream, round_)
         token, law = draw_next(logits, round_, jnp.zeros((), jnp.int32), temperature)
         root = stream.cache.length
         (cache, _), (tokens, laws) = jax.lax.scan(extend, (stream.cache, token), jnp.arange(1, length))

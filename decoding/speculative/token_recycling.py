@@ -214,7 +214,7 @@ def make_token_recycling(model: Decoder, options: TokenRecyclingOptions, stop_to
             real &= (estimate.hits + estimate.trials).sum() >= 0
         return recycle(memory, seen.tree.tokens, seen.digest, jnp.broadcast_to(real, seen.tree.tokens.shape))
 
-    def digest(logits: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def digest(logits: jax.Array, hidden: Any) -> tuple[jax.Array, jax.Array | None]:
         return successors(logits, kept, curve is not None)
 
     most = template.max_depth + 1

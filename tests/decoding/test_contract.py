@@ -17,6 +17,8 @@ import decoding.decode
 from decoding import METHODS, make_decode_fn
 from decoding.autoregressive import SAMPLE, NoOptions, make_sample
 from decoding.method import Method, Steps, WithDraft
+from decoding.speculative.head_kinds import HEADS
+from decoding.speculative.hidden_transfer import HiddenTransferConfig
 from decoding.speculative.specdec_pp import WithHead
 from models.acceptance_head import AcceptanceHead
 from models.config import MLPConfig, MoEConfig
@@ -41,6 +43,8 @@ SMALL = {  # options of methods that take long to compile, or that would read al
     "aded": {"slots": 256, "iterations": 20, "sentences": 6},
     "core_infer": {"first": 1, "last": 1},
     "dyspec": {"budget": 5, "frontier": 3, "depth": 3},
+    "eagle": {"nodes": 9, "offsets": 3},
+    "hidden_transfer": {"nodes": 9, "head": HiddenTransferConfig(layers=(0, 1, 1))},
     "lserve": {
         "budget": 6,
         "page": 2,
@@ -50,6 +54,7 @@ SMALL = {  # options of methods that take long to compile, or that would read al
         "local": 3,
         "gates": ((0.1, 0.9), (0.0, 0.0), (0.8, 0.2)),
     },
+    "medusa": {"nodes": 9},
     "rapid": {"length": 3},
     "rsd_c": {"children": (3, 2)},
     "rsd_s": {"beams": 3, "depth": 2},
@@ -82,6 +87,9 @@ def lawful() -> list[str]:
 def made(name: str, model, params, room: int, **more):
     """Returns (decode_fn, params) of a method; a draft is the model's first layer, its weights somewhat off."""
     options = {**SMALL.get(name, {}), **more}
+    if METHODS[name].own_head:
+        fn = make_decode_fn(model, name, max_new_tokens=room, **options)
+        return fn, WithDraft(params, random_head(HEADS[name], fn.plan.options.head, model, params))
     if not METHODS[name].drafts:
         return make_decode_fn(model, name, max_new_tokens=room, **options), params
     draft = Decoder(dataclasses.replace(model.config, blocks=model.config.blocks[:1]))
@@ -92,6 +100,12 @@ def made(name: str, model, params, room: int, **more):
         head = AcceptanceHead().init(jax.random.key(3), jnp.zeros((1, model.config.width)))["params"]
         drafts = WithHead(drafts, jax.tree.map(lambda x: 9.0 * x, head))
     return fn, WithDraft(params, drafts)
+
+
+def random_head(kind, config, model, params):
+    """A head of random weights: it guesses by chance, and sometimes what the target writes."""
+    fresh = kind.init(config, model, params, jax.random.key(5))
+    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), fresh)
 
 
 @pytest.mark.parametrize("name", METHODS)

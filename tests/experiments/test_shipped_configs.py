@@ -16,10 +16,12 @@ from experiments.bench_train import TrainBenchConfig
 from experiments.check_exact import ExactCheckConfig
 from experiments.config import dump_config, load_config
 from experiments.decode import DecodeConfig
+from experiments.generate import GenerateConfig
 from experiments.loading import MEASURED
 from experiments.reproduce import TableConfig
 from experiments.train_acceptance_head import HeadConfig
 from experiments.train_config import TrainConfig
+from experiments.train_draft_head import DraftHeadConfig
 from experiments.train_table import TrainTableConfig
 from finetune.adapters import ADAPTERS
 
@@ -40,6 +42,10 @@ KINDS = {
     "tables/hyperfitting": TrainTableConfig,
     "train": TrainConfig,
     "train/specdec_pp": HeadConfig,
+    "train/eagle": DraftHeadConfig,
+    "train/hidden_transfer": DraftHeadConfig,
+    "train/medusa": DraftHeadConfig,
+    "generate": GenerateConfig,
 }
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 CURVE = LatencyCurve((1, 4), (1.0, 1.5))

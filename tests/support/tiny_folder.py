@@ -11,11 +11,11 @@ from models.weights.byte_tokenizer import byte_tokenizer
 from models.weights.orbax import save_model
 
 
-def write_tiny_folder(folder: Path, with_tokenizer: bool = True, max_length: int = 128) -> Path:
+def write_tiny_folder(folder: Path, with_tokenizer: bool = True, max_length: int = 128, seed: int = 1) -> Path:
     """Writes the model folder and returns its path."""
     block = BlockConfig(AttentionConfig(2, 1, 8), MLPConfig(24))
     config = DecoderConfig("llama", vocab_size=260, width=16, blocks=(block, block), max_length=max_length)
     model = Decoder(config)
-    params = model.init(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
     save_model(folder, model, params, byte_tokenizer() if with_tokenizer else None)
     return folder

@@ -1,0 +1,16 @@
+"""Every kind of draft head, for whoever trains, saves or loads one: `HEADS` is a literal table."""
+
+from typing import Any
+
+from decoding.speculative.draft_head import HeadKind
+from decoding.speculative.eagle import EAGLE_HEAD, EagleConfig
+from decoding.speculative.hidden_transfer import HIDDEN_TRANSFER_HEAD, HiddenTransferConfig
+from decoding.speculative.medusa import MEDUSA_HEAD, MedusaConfig
+
+HEADS: dict[str, HeadKind] = {"eagle": EAGLE_HEAD, "hidden_transfer": HIDDEN_TRANSFER_HEAD, "medusa": MEDUSA_HEAD}
+HeadConfig = MedusaConfig | EagleConfig | HiddenTransferConfig
+
+
+def kind_of(config: Any) -> HeadKind:
+    """Returns the kind of head that settings are of."""
+    return HEADS[config.type]
