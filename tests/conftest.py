@@ -5,11 +5,13 @@ devices. XLA compiles with little effort: compilation is most of the time of the
 import os
 from importlib.metadata import version
 
-_FLAGS = ["--xla_force_host_platform_device_count=2", "--xla_backend_optimization_level=1"]
-_FLAGS += ["--xla_cpu_parallel_codegen_split_count=1"]  # a worker of pytest for each core already
-if version("jaxlib").startswith("0.10."):  # later ones end the process at a flag that they no longer know
-    _FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
-os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=1 "
+    "--xla_cpu_parallel_codegen_split_count=1"  # a worker of pytest for each core already
+    # Later versions end the process at a flag that they no longer know.
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
+)
 
 import dataclasses
 from pathlib import Path
