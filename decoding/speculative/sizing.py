@@ -31,7 +31,7 @@ from models.decoder import Decoder
 from models.errors import InputError
 
 _PRIOR = 4.0  # trials that the prior counts for
-_MARGIN = 1.1  # how many times plain decoding's speed several rows must promise
+_MARGIN = 1.2  # how many times plain decoding's speed several rows must promise
 _SETTLED = 8.0  # accepted tokens that count as expected and accepted before the first step
 _MEMORY = 0.99  # of what was expected and accepted, per step: a bad start is forgotten, drafting or not
 
