@@ -99,7 +99,7 @@ def test_the_size_of_most_tokens_per_second():
                 (active * (1 + ordered[:, : size - 1].sum(axis=1))).sum() / seconds
                 for size, seconds in zip(curve.sizes, curve.of_batch(batch), strict=True)
             ]
-            rates[0] *= 1.1  # one row is left only for a gain of a tenth
+            rates[0] *= 1.2  # one row is left only for a gain of a fifth
             assert active.sum() == 0 or int(best_size(curve, chances, active)) == int(np.argmax(rates))
 
 
