@@ -101,41 +101,17 @@ class LowRank:
         return (base.astype(jnp.float32) + self.scale * _product(a, b)).astype(base.dtype)
 
 
-@struct.dataclass
-class Selected:
-    """Some inputs or outputs of a matrix, gathered once: every product is with the smaller matrix alone.
-
-    Attributes:
-        w: [I, O], what was chosen.
-        chosen: i32[I] or i32[O], which rows or columns of the whole matrix these are.
-    """
-
-    w: jax.Array
-    chosen: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(I, O), of the smaller matrix."""
-        return self.w.shape
-
-    def dot(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-        """Returns x w, [..., O]."""
-        return Dense(self.w).dot(x, dtype)
-
-    def materialize(self) -> jax.Array:
-        """Returns w."""
-        return self.w
-
-
-def select(kernel: jax.Array | Kernel, chosen: jax.Array, axis: int) -> Selected:
-    """Returns some rows (axis 0) or columns (axis 1) of any kernel's matrix.
+def select(kernel: jax.Array | Kernel, chosen: jax.Array, axis: int, spare: int = 0) -> Dense:
+    """Returns some rows (axis 0) or columns (axis 1) of any kernel's matrix, gathered once.
 
     Args:
         kernel: [I, O]; one that is not dense is made so first.
         chosen: i32[n], which ones.
         axis: 0 keeps n of the inputs, 1 n of the outputs.
+        spare: rows or columns of zeros behind them.
     """
-    return Selected(jnp.take(as_kernel(kernel).materialize(), chosen, axis=axis, mode="clip"), chosen)
+    w = jnp.take(as_kernel(kernel).materialize(), chosen, axis=axis, mode="clip")
+    return Dense(jnp.pad(w, [(0, spare if side == axis else 0) for side in range(2)]))
 
 
 def as_kernel(value: jax.Array | Kernel) -> Kernel:

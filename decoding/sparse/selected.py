@@ -4,6 +4,10 @@ A *set* is a list of slots that some query heads of one key/value head share: al
 of a tree (`models.attention.TreeRows`; one row in plain decoding) are not chosen but always seen, each by itself and by
 its descendants.
 
+The attention itself is `pallas_kernels.selected_attention`, which takes a kernel where one was measured to be faster,
+and XLA's form elsewhere. XLA's it is wherever new rows share a list of which each sees its own part (windows of several
+rows), since kernels show all rows of a list the same.
+
 Axis letters: B batch, T new rows, W tree rows so far, S cache slots, H query heads, K key/value heads, G = H/K, J sets,
 P query heads per set, N slots per set, Dh head width.
 """
@@ -168,7 +172,9 @@ def chunk_attention(
 ) -> jax.Array:
     """`window_attention` of many tokens that follow each other: block by block, each with what its rows see.
 
-    A token costs sink + local + `BLOCK` products, however long the text is.
+    A token costs sink + local + `BLOCK` products, however long the text is. `pallas_kernels.block_sparse_prefill` does
+    not serve here: its windows are whole blocks and its prompts begin at slot 0, while a window here is one of tokens
+    and a prompt is read `decoding.prefill.CHUNK` tokens at a time; and its XLA form has the cost of dense attention.
     """
     parts = []
     for first in range(0, q.shape[1], BLOCK):

@@ -224,11 +224,16 @@ def corrected_steps(model: Decoder, steps: Steps, every: int) -> Steps:
             stats=state.stats.replace(target_calls=state.stats.target_calls + passes),
         )
 
-    def step(params: Any, state: DecodeState) -> DecodeState:
+    def read(params: Any, state: DecodeState) -> DecodeState:
         recent = state.carry
         tokens = jax.lax.dynamic_update_slice(recent.tokens, state.last[:, None], (0, recent.count))
         after = steps.step(params, state.replace(carry=recent.carry))
-        state = after.replace(carry=Recent(after.carry, tokens, recent.count + 1))
+        return after.replace(carry=Recent(after.carry, tokens, recent.count + 1))
+
+    def step(params: Any, state: DecodeState) -> DecodeState:
+        # A loop of its own, though it always has its turn: a cache that is written both outside a loop and in it would
+        # be copied.
+        state = run_if(~state.done.all(), lambda state: read(params, state), state)
         due = (state.carry.count == every) & ~state.done.all()
         return run_if(due, lambda state: correct(params, state), state)
 

@@ -236,6 +236,11 @@ def test_compiled_steps_copy_neither_cache_nor_weights(batch, method):
     assert large_moves(hlo) == []
 
 
+def test_corrections_of_the_cache_copy_no_cache(monkeypatch):
+    monkeypatch.setitem(_OPTIONS, "tidal", {**_OPTIONS["tidal"], "correct_every": 4})
+    assert large_moves(compiled_advance(1, "tidal")) == []
+
+
 def test_trees_of_several_sizes_copy_no_cache():
     """Only the rows of the tree are moved: a step over any of its sizes writes the cache in place."""
     assert large_moves(compiled_advance(1, "prompt_lookup")) == []

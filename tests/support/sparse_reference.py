@@ -35,6 +35,16 @@ def deep_model(window_at: int | None = 3, num_layers: int = 5, **changes: Any) -
     return model, jax.tree.map(lambda x: x * 9.0 if x.ndim == 2 else x, params)
 
 
+def kept_neurons(params: Any, kernels: Any) -> dict[str, np.ndarray]:
+    """Returns, for each layer that `kernels` has an MLP for, which rows of the whole down projection it holds."""
+    found = {}
+    for name, layer in kernels.items():
+        whole = np.asarray(params[name]["mlp"]["down"]["kernel"])
+        part = np.asarray(layer["mlp"]["down"]["kernel"].w)
+        found[name] = np.flatnonzero((whole[:, None] == part[None]).all(axis=2).any(axis=1))
+    return found
+
+
 class Rule:
     """Dense attention, in the model's own windows; policies override `choose`."""
 

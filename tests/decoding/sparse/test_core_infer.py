@@ -13,6 +13,7 @@ import decoding.prefill
 from decoding import make_decode_fn
 from decoding.method import with_kernels
 from decoding.prefill import Prompts
+from decoding.sparse import core_infer
 from decoding.sparse.core_infer import (
     CoreInferOptions,
     Votes,
@@ -27,7 +28,7 @@ from models.decoder import Decoder
 from models.errors import InputError
 from models.kernels import LowRank
 from tests.support.decode_reference import forward, texts
-from tests.support.sparse_reference import Rule, SlowRow, deep_model
+from tests.support.sparse_reference import Rule, SlowRow, deep_model, kept_neurons
 
 LENGTHS = (1, 30, 13, 47)
 PROMPTS = [np.random.default_rng(length).integers(0, 61, length).tolist() for length in LENGTHS]
@@ -79,16 +80,15 @@ def inner(deep) -> list[list[np.ndarray]]:
     return [[layer[row, :length] for layer in found] for row, length in enumerate(LENGTHS)]
 
 
-def neurons(state) -> dict[str, list[int]]:
+def neurons(params, state) -> dict[str, list[int]]:
     """Returns the chosen neurons of each layer of a state, after checking that its three kernels agree."""
-    found = {}
+    found = kept_neurons(params, state.kernels)
     for name, layer in state.kernels.items():
-        up, gate, down = (layer["mlp"][part]["kernel"] for part in ("up", "gate", "down"))
-        assert up.w.shape[1] == gate.w.shape[1] == down.w.shape[0] == len(up.chosen)
-        np.testing.assert_array_equal(up.chosen, gate.chosen)
-        np.testing.assert_array_equal(up.chosen, down.chosen)
-        found[name] = np.asarray(down.chosen).tolist()
-    return found
+        assert len(found[name]) == len(layer["mlp"]["down"]["kernel"].w)
+        for part in ("up", "gate"):
+            whole = np.asarray(params[name]["mlp"][part]["kernel"])
+            np.testing.assert_array_equal(layer["mlp"][part]["kernel"].w, whole[:, found[name]])
+    return {name: chosen.tolist() for name, chosen in found.items()}
 
 
 def start(deep, prompts, **options):
@@ -100,7 +100,7 @@ def start(deep, prompts, **options):
 @pytest.mark.parametrize("options", [{}, {"alpha": 0.9, "beta": 0.7}, {"choose": "absolute"}])
 def test_the_set_is_that_of_the_slow_reference(deep, inner, options):
     for prompt in (0, 2):
-        found = neurons(start(deep, [PROMPTS[prompt]], **options))
+        found = neurons(deep[1], start(deep, [PROMPTS[prompt]], **options))
         assert list(found) == ["layers_1", "layers_2", "layers_3"]
         for index, rows in enumerate(inner[prompt]):
             rows = np.abs(rows) if options.get("choose") == "absolute" else rows
@@ -110,20 +110,20 @@ def test_the_set_is_that_of_the_slow_reference(deep, inner, options):
 
 
 def test_a_batch_shares_the_set_of_its_summed_votes(deep, inner):
-    found = neurons(start(deep, PROMPTS))
+    found = neurons(deep[1], start(deep, PROMPTS))
     for layer in range(1, 4):
         count = sum(slow_votes(rows[layer], slow_limit(rows[layer], 0.4)) for rows in inner)
         assert found[f"layers_{layer}"] == slow_set(count, sum(rows[layer].sum(axis=0) for rows in inner), 0.4)
-    alone = neurons(start(deep, PROMPTS[3:]))
+    alone = neurons(deep[1], start(deep, PROMPTS[3:]))
     assert found != alone, "the others must count, or the test says nothing"
-    assert neurons(start(deep, PROMPTS[3:] * 4)) == alone, "equal prompts, equal sets"
+    assert neurons(deep[1], start(deep, PROMPTS[3:] * 4)) == alone, "equal prompts, equal sets"
 
 
 def test_prompts_in_chunks_have_a_limit_per_chunk(deep, inner, monkeypatch):
-    whole = neurons(start(deep, PROMPTS[3:]))
+    whole = neurons(deep[1], start(deep, PROMPTS[3:]))
     monkeypatch.setattr(decoding.prefill, "CHUNK", 16)
     jax.clear_caches()
-    found = neurons(start(deep, PROMPTS[3:]))
+    found = neurons(deep[1], start(deep, PROMPTS[3:]))
     jax.clear_caches()
     assert found != whole, "the limits must differ, or the test says nothing"
     for layer, rows in enumerate(inner[3]):
@@ -136,11 +136,11 @@ def test_prompts_in_chunks_have_a_limit_per_chunk(deep, inner, monkeypatch):
 def test_padding_does_not_vote(deep):
     fn = make_decode_fn(deep[0], "core_infer", max_new_tokens=NEW, **LAYERS)
     prompts, call = fn.inputs(PROMPTS[2:3])
-    right = neurons(fn.start(deep[1], prompts, call))
+    right = neurons(deep[1], fn.start(deep[1], prompts, call))
     noise = np.random.default_rng(7).integers(0, 61, (1, 64)).astype(np.int32)
     noise[0, :13] = PROMPTS[2]
-    assert neurons(fn.start(deep[1], Prompts(noise, prompts.lengths), call)) == right
-    assert neurons(fn.start(deep[1], Prompts(noise, np.array([20], np.int32)), call)) != right
+    assert neurons(deep[1], fn.start(deep[1], Prompts(noise, prompts.lengths), call)) == right
+    assert neurons(deep[1], fn.start(deep[1], Prompts(noise, np.array([20], np.int32)), call)) != right
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -194,8 +194,8 @@ def test_ranks_are_votes_then_sums_then_indices():
 
 
 def test_random_sets_differ_between_layers_and_not_between_prompts(deep):
-    found = neurons(start(deep, PROMPTS[:1], choose="random"))
-    assert found == neurons(start(deep, PROMPTS[2:3], choose="random"))
+    found = neurons(deep[1], start(deep, PROMPTS[:1], choose="random"))
+    assert found == neurons(deep[1], start(deep, PROMPTS[2:3], choose="random"))
     assert found["layers_1"] != found["layers_2"] != found["layers_3"]
 
 
@@ -210,8 +210,8 @@ def test_all_neurons_are_dense_decoding(deep, tiny):
 
 def masked(params, kernels):
     """Returns whole matrices with zeros in the rows of each down projection that were not chosen."""
-    for name, layer in kernels.items():
-        kernel, chosen = params[name]["mlp"]["down"]["kernel"], layer["mlp"]["down"]["kernel"].chosen
+    for name, chosen in kept_neurons(params, kernels).items():
+        kernel = params[name]["mlp"]["down"]["kernel"]
         zeroed = jnp.zeros_like(kernel).at[chosen].set(kernel[chosen])
         params = with_kernels(params, {name: {"mlp": {"down": {"kernel": zeroed}}}})
     return params
@@ -235,6 +235,21 @@ def test_layers_outside_and_attention_stay_as_they_are(deep):
     assert changed == {f"layers_{i}/mlp/{part}/kernel" for i in (1, 2, 3) for part in ("up", "gate", "down")}
 
 
+def test_neurons_of_zeros_behind_the_chosen_change_nothing(deep, monkeypatch):
+    model, params = deep
+    tokens, chosen = jnp.asarray([PROMPTS[3]], jnp.int32), [jnp.arange(1, 20)]
+    found = {}
+    for whole in (32, 2):  # 19 neurons are too few for a multiple of 32, and become 20
+        monkeypatch.setattr(core_infer, "WHOLE", whole)
+        kernels = sliced(params, [2], chosen)
+        found[whole] = (
+            kernels["layers_2"]["mlp"]["up"]["kernel"].shape,
+            forward(model, with_kernels(params, kernels), tokens),
+        )
+    assert [found[whole][0] for whole in (32, 2)] == [(32, 19), (32, 20)]
+    np.testing.assert_allclose(found[2][1], found[32][1], rtol=1e-5, atol=1e-5)
+
+
 def test_its_text_is_what_the_slow_reference_would_write(deep):
     """The prompt is read with the whole weights, everything after it with one set."""
     model, params = deep
@@ -255,10 +270,10 @@ def test_its_text_is_what_the_slow_reference_would_write(deep):
 def test_a_set_stays_for_the_whole_request(deep):
     fn = make_decode_fn(deep[0], "core_infer", max_new_tokens=NEW, **LAYERS)
     state = fn.start(deep[1], *fn.inputs(PROMPTS))
-    first = neurons(state)
+    first = neurons(deep[1], state)
     while not state.done.all():
         state = fn.advance(deep[1], state, 3)
-        assert neurons(state) == first
+        assert neurons(deep[1], state) == first
     assert texts(fn.output(state)) == texts(fn(deep[1], PROMPTS))
 
 

@@ -11,7 +11,7 @@ from decoding.sparse.core_infer import CoreInferOptions, neuron_clusters
 from decoding.sparse.neuron_clusters import cluster_neurons, elbow, k_means
 from models.errors import InputError
 from tests.support.decode_reference import texts
-from tests.support.sparse_reference import deep_model
+from tests.support.sparse_reference import deep_model, kept_neurons
 
 KINDS = (3, 25, 47)  # the token that a text of each kind consists of, but for one
 # With so many votes per token, the token that a text repeats decides almost alone.
@@ -44,7 +44,7 @@ def chosen(deep, prompt, **options) -> list[np.ndarray]:
     """Returns the neurons of each sparse layer that a prompt decodes with."""
     fn = make_decode_fn(deep[0], "core_infer", max_new_tokens=NEW, **{**OPTIONS, **options})
     kernels = fn.start(deep[1], *fn.inputs([prompt])).kernels
-    return [np.asarray(layer["mlp"]["down"]["kernel"].chosen) for layer in kernels.values()]
+    return list(kept_neurons(deep[1], kernels).values())
 
 
 def same(one, other) -> bool:

@@ -20,9 +20,9 @@ ATTENTION = AttentionConfig(6, 2, 64)
 CONFIG = DecoderConfig("llama", 61, 32, (BlockConfig(ATTENTION, MLPConfig(8)),) * 2, 512)
 HALF = {"gates": ((0.9, 0.1), (0.2, 0.8)), "sink": 4, "local": 16}
 POLICIES = {
-    "tidal": (Policy(tidal_attend(("select", "sparse"), 32, False)), "listed_partials"),
-    "lserve": (lserve_policy(CONFIG, LServeOptions(budget=64, page=16, logical=8, **HALF)), "flash_decode_pages"),
-    "streaming": (Policy(streaming_attend(4, 16)), "listed_partials"),
+    "tidal": Policy(tidal_attend(("select", "sparse"), 32, False)),
+    "lserve": lserve_policy(CONFIG, LServeOptions(budget=64, page=16, logical=8, **HALF)),
+    "streaming": Policy(streaming_attend(4, 16)),
 }
 
 
@@ -30,7 +30,7 @@ POLICIES = {
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_policies_take_kernels_where_they_were_measured_to_be_faster(name, platform, monkeypatch):
-    policy, _ = POLICIES[name]
+    policy = POLICIES[name]
     device = {"cuda": "gpu"}.get(platform, platform)
     cache = init_cache([ATTENTION] * 2, 2, 256, jnp.float32)
     memory = policy.init(cache)
