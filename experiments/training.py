@@ -166,6 +166,7 @@ def _batches(config: TrainConfig, rows: Rows, mesh: Mesh) -> Batches:
 
 
 def _objective(config: TrainConfig, base: Base, mesh: Mesh) -> Objective:
+    from models.encoder_decoder import decoder_only
     from models.weights.load import load_model
 
     teacher = None
@@ -176,6 +177,7 @@ def _objective(config: TrainConfig, base: Base, mesh: Mesh) -> Objective:
                 f"the teacher {config.objective.teacher} reads other tokens than the model {base.name}: take a teacher "
                 "with the same tokenizer"
             )
+        decoder_only(teacher[0], "distillation")
     return make_objective(config.objective, base.model, base.params, base.tokenizer.vocab_size, teacher)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import decode
 from experiments.runtime import run_main
-from tests.support.tiny_folder import write_tiny_folder
+from tests.support.tiny_folder import write_encoder_decoder_folder, write_tiny_folder
 
 ROOT = Path(__file__).parents[2]
 KEYS = ["prompt", "text", "token_ids", "stats", "seconds", "device", "found"]
@@ -143,6 +143,19 @@ def test_bad_models(run, tmp_path):
     assert "unknown model 'smolm2'. Did you mean 'smollm2-135m-instruct'?" in run("--prompt", "x", model="smolm2")[2]
     bare = write_tiny_folder(tmp_path / "bare", with_tokenizer=False)
     assert "has no tokenizer.json" in run("--prompt", "x", model=str(bare))[2]
+
+
+def test_encoder_decoders(run, tmp_path):
+    """The prompt is what the encoder reads; methods that need a decoder alone say so."""
+    folder = str(write_encoder_decoder_folder(tmp_path / "t5"))
+    code, out, err = run("--prompt", "some words", "--max_new_tokens", "4", "--output", "json", model=folder)
+    assert code == 0, err
+    assert lines(out)[0]["stats"]["emitted"] <= 4
+    for method in ("token_recycling", "lserve"):
+        code, _, err = run("--prompt", "x", "--method", method, model=folder)
+        assert code == 2 and f"method '{method}' needs a decoder-only model, and this t5 model" in err
+    code, _, err = run("--prompt", "x" * 600, model=folder)
+    assert code == 2 and "the encoder reads 512 at most" in err
 
 
 def test_an_interrupted_run_keeps_its_finished_lines(run, tmp_path, monkeypatch):

@@ -63,6 +63,7 @@ def test_encoder_decoders(name, tmp_path):
         np.testing.assert_allclose(ours[row], expected, atol=1e-4, rtol=0)
     mask = torch.from_numpy((np.arange(14)[None, :] < lengths[:, None]).astype(np.int64))
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "decoder_start_token_id": 0}
+    options["use_cache"] = False  # theirs counts the encoder's layers
     written = theirs.generate(torch.from_numpy(tokens()).long(), attention_mask=mask, **options).numpy()[:, 1:]
     prompts = [row[:length].tolist() for row, length in zip(tokens(), LENGTHS, strict=True)]
     np.testing.assert_array_equal(make_decode_fn(model, max_new_tokens=6)(params, prompts).tokens, written)
