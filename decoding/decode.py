@@ -16,59 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from decoding import autoregressive
 from decoding.arguments import read_keys, read_limit, read_sampling, read_settings, whole_number
-from decoding.entropy_adaptive import ENTROPY_ADAPTIVE
-from decoding.method import Call, Method, Steps, WithDraft, target_params, with_kernels
+from decoding.method import Call, Steps, WithDraft, target_params, with_kernels
 from decoding.prefill import Prompts, encode_prompts, observed_prefill, pad_prompts
-from decoding.search.beam import BEAM
-from decoding.search.contrastive import CONTRASTIVE
-from decoding.search.diverse_beam import DIVERSE_BEAM
-from decoding.sparse.core_infer import CORE_INFER
-from decoding.sparse.lserve import LSERVE
-from decoding.sparse.streaming import STREAMING
-from decoding.sparse.tidal import TIDAL
-from decoding.speculative.aded import ADED
-from decoding.speculative.dyspec import DYSPEC
-from decoding.speculative.eagle import EAGLE
-from decoding.speculative.hidden_transfer import HIDDEN_TRANSFER
-from decoding.speculative.medusa import MEDUSA
-from decoding.speculative.prompt_lookup import PROMPT_LOOKUP
-from decoding.speculative.rapid import RAPID
-from decoding.speculative.rsd import RSD_C, RSD_S
-from decoding.speculative.specdec_pp import SPECDEC_PP
-from decoding.speculative.speculative_sampling import SPECULATIVE_SAMPLING
-from decoding.speculative.token_recycling import TOKEN_RECYCLING
+from decoding.registry import METHODS
 from decoding.state import DecodeOutput, DecodeState, init_state
 from models.cache import KVCache
 from models.encoder_decoder import EncoderDecoder, Network, decoder_only
 from models.errors import InputError, unknown_name
 from models.sharding import mesh_of, place_rows, replicate
-
-METHODS: dict[str, Method] = {
-    "greedy": autoregressive.GREEDY,
-    "sample": autoregressive.SAMPLE,
-    "aded": ADED,
-    "beam": BEAM,
-    "contrastive": CONTRASTIVE,
-    "core_infer": CORE_INFER,
-    "diverse_beam": DIVERSE_BEAM,
-    "dyspec": DYSPEC,
-    "eagle": EAGLE,
-    "entropy_adaptive": ENTROPY_ADAPTIVE,
-    "hidden_transfer": HIDDEN_TRANSFER,
-    "lserve": LSERVE,
-    "medusa": MEDUSA,
-    "prompt_lookup": PROMPT_LOOKUP,
-    "rapid": RAPID,
-    "rsd_c": RSD_C,
-    "rsd_s": RSD_S,
-    "specdec_pp": SPECDEC_PP,
-    "speculative_sampling": SPECULATIVE_SAMPLING,
-    "streaming": STREAMING,
-    "tidal": TIDAL,
-    "token_recycling": TOKEN_RECYCLING,
-}
 
 
 @dataclasses.dataclass(frozen=True)
