@@ -11,12 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from decoding.speculative.sizing import LatencyCurve
+from decoding.speculative.sizing import MARGIN, LatencyCurve
 from decoding.speculative.tree import Template
 from models.errors import InputError
 
 RANKS = 10  # that are counted, at each offset
-_MARGIN = 1.1  # how many times plain decoding's speed a tree must promise
 Accuracy = tuple[tuple[float, ...], ...]
 
 
@@ -78,7 +77,7 @@ def calibrated_tree(
     if latency is not None:
         sizes = np.unique(np.minimum(latency.sizes, rows))
         speed = gains[sizes - 1] / np.interp(sizes, latency.sizes, latency.seconds)
-        rows = int(sizes[np.argmax(speed * np.where(sizes == 1, _MARGIN, 1.0))])
+        rows = int(sizes[np.argmax(speed * np.where(sizes == 1, MARGIN, 1.0))])
     paths = sorted([(), *(path for path, _ in found[: rows - 1])], key=lambda path: (len(path), path))
     return Template(tuple(paths)), float(gains[rows - 1])
 

@@ -31,7 +31,7 @@ from models.decoder import Decoder
 from models.errors import InputError
 
 _PRIOR = 4.0  # trials that the prior counts for
-_MARGIN = 1.2  # how many times plain decoding's speed several rows must promise
+MARGIN = 1.2  # how many times plain decoding's speed several rows must promise
 _SETTLED = 8.0  # accepted tokens that count as expected and accepted before the first step
 _MEMORY = 0.99  # of what was expected and accepted, per step: a bad start is forgotten, drafting or not
 
@@ -202,4 +202,4 @@ def best_size(curve: LatencyCurve, gains: jax.Array, active: jax.Array) -> jax.A
     rows = np.minimum(curve.sizes, tokens.shape[1]) - 1
     tokens = jnp.where(active[:, None], tokens, 0.0).sum(axis=0)[rows]
     speed = tokens / curve.of_batch(len(gains))
-    return jnp.argmax(speed.at[0].multiply(_MARGIN)).astype(jnp.int32)
+    return jnp.argmax(speed.at[0].multiply(MARGIN)).astype(jnp.int32)
