@@ -77,7 +77,7 @@ def test_training_then_decoding(run, folder):
         (
             ["--head", str(head), "--method", "rsd_c"],
             "draft",
-            "has no use for a head: leave out --head, or use specdec_",
+            "has no use for a head: leave out --head, or use eagle, hidden_transfer, medusa, specdec_pp",
         ),
         (["--head", str(head)], "model", "is a head for draft 'draft', not for 'model'"),
     ):
