@@ -1,6 +1,8 @@
 """Times speculation on this machine: `python -m experiments.bench_speculation --config configs/bench/speculation.yaml`.
 
     verify_cost   the time of a target pass over n rows, in passes over one row
+    bandwidth     the bytes of the weights over that time, in GB per second: a pass over few rows does little else than
+                  read them
     overhead      what a step of Token Recycling over 16 rows takes besides the target's pass: the draft, the
                   verification, the cache's commit, the table's update; as a share of the step
     batched       new tokens per second of 8 prompts of different lengths in one batch, over those of the same prompts
@@ -48,12 +50,17 @@ class SpeculationBenchConfig:
             raise ValueError("batch, max_new_tokens and repeats must be at least 1, width at least 2")
 
 
-def verify_cost(model: Any, params: Any, context: int) -> dict[int, float]:
-    """Returns {rows: time of a pass over them, in passes over one}."""
+def verify_cost(model: Any, params: Any, context: int) -> tuple[dict[int, float], dict[int, float]]:
+    """Returns {rows: time of a pass over them, in passes over one} and {rows: GB of weights per second of it}."""
+    import jax
+
     from decoding.speculative.sizing import measure
 
     curve = measure(model, params, ROWS, context=context, repeats=15)
-    return {size: seconds / curve.seconds[0] for size, seconds in zip(curve.sizes, curve.seconds, strict=True)}
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e9
+    seconds = dict(zip(curve.sizes, curve.seconds, strict=True))
+    cost = {size: taken / curve.seconds[0] for size, taken in seconds.items()}
+    return cost, {size: weights / taken for size, taken in seconds.items()}
 
 
 def overhead(model: Any, params: Any, prompt: list[int], new_tokens: int, repeats: int) -> float:
@@ -155,6 +162,7 @@ def _mean_log_probs(model: Any, params: Any, prompts: Sequence[list[int]], token
 def page(config: SpeculationBenchConfig, figures: dict[str, Any]) -> str:
     """Returns the figures as Markdown."""
     cost = " | ".join(f"{figures['verify_cost'][rows]:.2f}" for rows in ROWS)
+    read = " | ".join(f"{figures['bandwidth'][rows]:.1f}" for rows in ROWS)
     log = figures["log_prob"]
     speculative = ", ".join(
         f"{log[name]['mean']:.3f} by {title} ({log[name]['standard_errors']:+.1f} standard errors)"
@@ -163,7 +171,7 @@ def page(config: SpeculationBenchConfig, figures: dict[str, Any]) -> str:
     return (
         f"# What speculation costs\n\n{Path(config.model).name}, float32. {machine()}\n\n"
         f"| rows of a target pass | {' | '.join(map(str, ROWS))} |\n|{' --- |' * (len(ROWS) + 1)}\n"
-        f"| time, in passes over one row | {cost} |\n\n"
+        f"| time, in passes over one row | {cost} |\n| weights read, GB per second | {read} |\n\n"
         f"- A step over 16 rows spends {100 * figures['overhead']:.1f}% on everything but the target's pass.\n"
         f"- {config.batch} prompts of different lengths in one batch: {figures['batched']:.2f} times the tokens per "
         f"second of the same prompts one after another (Token Recycling, {config.width} rows).\n"
@@ -185,8 +193,10 @@ def main(argv: list[str] | None = None) -> None:
     prompts = [tokenizer.encode_chat(question.turns[0]) for question in spaced]
     middle = sorted(prompts, key=len)[len(prompts) // 2]
     shortest = sorted((tokenizer.encode_chat(question.turns[0]) for question in questions), key=len)[: config.batch]
+    cost, bandwidth = verify_cost(model, params, 256)
     figures = {
-        "verify_cost": verify_cost(model, params, 256),
+        "verify_cost": cost,
+        "bandwidth": bandwidth,
         "overhead": overhead(model, params, middle, config.max_new_tokens, config.repeats),
         "batched": batched(model, params, prompts, config),
         "log_prob": log_prob(model, params, drafts, shortest * 4, config.max_new_tokens),

@@ -21,6 +21,8 @@ def test_last_line_and_page(monkeypatch, capsys, tmp_path):
     bench_speculation.main(flags)
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["verify_cost"]["1"] == 1 and set(figures["verify_cost"]) == {"1", "4", "8", "16"}
+    products = {rows: figures["bandwidth"][rows] * cost for rows, cost in figures["verify_cost"].items()}
+    assert all(abs(product / products["1"] - 1) < 1e-6 for product in products.values()), "the same weights each time"
     assert figures["overhead"] < 1 and figures["batched"] > 0
     assert set(figures["log_prob"]) == {"sample", "token_recycling", "rsd_c"}
     for found in figures["log_prob"].values():
