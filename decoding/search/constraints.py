@@ -98,7 +98,7 @@ def begun(text: jax.Array, lengths: jax.Array, starts: tuple[tuple[int, ...], ..
     ends = jnp.asarray([len(start) for start in starts], jnp.int32)[None, None, :]
     place = jnp.arange(longest)
     written = jnp.pad(text, ((0, 0), (0, 0), (0, longest)))[..., None, :longest]
-    counts = place < jnp.minimum(ends, lengths[..., None])[..., None]
+    counts = place[None, None, None, :] < jnp.minimum(ends, lengths[..., None])[..., None]
     fits = ((written == table) | ~counts).all(axis=-1)
     at = jnp.minimum(lengths, longest - 1)[..., None, None]
     following = jnp.take_along_axis(jnp.broadcast_to(table, (*text.shape[:2], *table.shape[2:])), at, axis=3)[..., 0]
