@@ -24,6 +24,7 @@ class Call:
         sampling: the rows' sampling settings.
         warm: what the method starts from (`Steps.cold`, or an earlier output's `warm`), or None.
         draft_prompts: what a draft model reads in place of the prompts, or None.
+        grammar: where the rows stand in their grammars (`decoding.grammar.rows.Constraint`), or None.
     """
 
     limit: jax.Array
@@ -31,6 +32,7 @@ class Call:
     sampling: Sampling
     warm: Any = None
     draft_prompts: Prompts | None = None
+    grammar: Any = None
 
 
 @struct.dataclass
@@ -121,6 +123,7 @@ class Method(NamedTuple):
         temperature: the default of calls that give none; None: the method does not sample at all.
         drafts: whether it drafts with a second model: `options.draft` is then that model, `params` a `WithDraft`.
         head: whether that model may come with an acceptance head.
+        grammars: whether its calls take grammars.
         shared: whether the rows of a batch share a choice, so that a row's text depends on who shares its batch.
     """
 
@@ -130,4 +133,5 @@ class Method(NamedTuple):
     temperature: float | None = None
     drafts: bool = False
     head: bool = False
+    grammars: bool = False
     shared: bool = False
