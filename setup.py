@@ -4,7 +4,16 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "nbformat", "nbclient", "ipykernel", "lark>=1.3", "jsonschema>=4"]
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "ruff>=0.9",
+    "nbformat",
+    "nbclient",
+    "ipykernel",
+    "lark>=1.3",
+    "jsonschema>=4",
+]
 
 setup(
     name="fleetlm",

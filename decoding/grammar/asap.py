@@ -69,7 +69,9 @@ class Node:
 class Trie:
     """All that was sampled behind one prompt, by one model at one temperature, in one grammar."""
 
-    def __init__(self, matcher: GrammarMatcher, law: Callable[[list[int]], np.ndarray], stops: Sequence[int], room: int):
+    def __init__(
+        self, matcher: GrammarMatcher, law: Callable[[list[int]], np.ndarray], stops: Sequence[int], room: int
+    ):
         """Starts empty.
 
         Args:

@@ -22,7 +22,7 @@ def pack(allowed: np.ndarray) -> np.ndarray:
 
 def unpack(words: jax.Array, vocab: int) -> jax.Array:
     """Returns bool[B, V] of u32[B, W]."""
-    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]) & 1
     return bits.reshape(words.shape[0], -1)[:, :vocab] > 0
 
 
@@ -39,6 +39,6 @@ def mask_logits(logits: jax.Array, words: jax.Array, ends: jax.Array, stop_token
     vocab = logits.shape[-1]
     stops = np.zeros(vocab, bool)
     stops[list(stop_tokens)] = True
-    allowed = unpack(words, vocab) & ~stops
+    allowed = unpack(words, vocab) & ~stops[None, :]
     ends = ends | ~allowed.any(axis=-1)
-    return jnp.where(allowed | (ends[:, None] & stops), logits, -jnp.inf)
+    return jnp.where(allowed | (ends[:, None] & stops[None, :]), logits, -jnp.inf)

@@ -1,9 +1,9 @@
 """Grammars: regular expressions, context-free grammars in Lark's syntax, and JSON Schemas, for one vocabulary.
 
-    vocabulary = Vocabulary.of(tokenizer, model.config.vocab_size)
-    date = regex(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", vocabulary)
-    decode_fn = make_decode_fn(model, "constrained", stop_tokens=tokenizer.stop_ids)
-    decode_fn(params, prompts, grammars=date)
+vocabulary = Vocabulary.of(tokenizer, model.config.vocab_size)
+date = regex(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", vocabulary)
+decode_fn = make_decode_fn(model, "constrained", stop_tokens=tokenizer.stop_ids)
+decode_fn(params, prompts, grammars=date)
 """
 
 import itertools
