@@ -4,7 +4,16 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "nbformat", "nbclient", "ipykernel"]
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "ruff>=0.9",
+    "nbformat",
+    "nbclient",
+    "ipykernel",
+    "lark>=1.3",
+    "jsonschema>=4",
+]
 
 setup(
     name="fleetlm",
@@ -42,6 +51,8 @@ setup(
         "pydantic>=2.10",
         "tyro>=1.0",
         "bm25s>=0.2",
+        "llguidance>=1.9.1",
+        "outlines-core>=0.2.14",
         "pyyaml>=6",
         "tqdm>=4.66",
     ],

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from decoding.arguments import read_keys, read_limit, read_sampling, read_settings, whole_number
+from decoding.grammar.rows import read_grammars
 from decoding.method import Call, Steps, WithDraft, target_params, with_kernels
 from decoding.prefill import Prompts, encode_prompts, observed_prefill, pad_prompts
 from decoding.registry import METHODS
@@ -111,8 +112,8 @@ def _spread(prompts: Prompts, call: Call, mesh: Mesh | None) -> tuple[Prompts, C
     """Returns a batch with its rows spread over the mesh that the parameters lie on."""
     if mesh is None:
         return prompts, call
-    prompts, rows = place_rows((prompts, call.replace(warm=None)), mesh)
-    return prompts, rows.replace(warm=call.warm)  # what stays warm is no row's own
+    prompts, rows = place_rows((prompts, call.replace(warm=None, grammar=None)), mesh)
+    return prompts, rows.replace(warm=call.warm, grammar=call.grammar)  # which are no row's own
 
 
 _decode = jax.jit(decode, static_argnums=0)
@@ -142,6 +143,7 @@ class DecodeFn:
         max_new_tokens: int | Sequence[int] | None = None,
         warm: Any = None,
         draft_prompts: Sequence[Sequence[int]] | None = None,
+        grammars: Any = None,
         **sampling: float | Sequence[float],
     ) -> DecodeOutput:
         """Decodes.
@@ -160,6 +162,7 @@ class DecodeFn:
             warm: an earlier output's `warm`, to start from what a drafter has learned; None starts afresh.
             draft_prompts: B lists of token ids that a draft model reads in place of the prompts (a shortened context);
                 None: the prompts. The text itself depends on them only where a method is lossy.
+            grammars: a `decoding.grammar.Grammar` for all rows, or one or None per row; for methods that take them.
             **sampling: temperature, top_k, top_p, min_p, repetition_penalty (`decoding.sampling.Sampling`), a number
                 for all rows or one per row, for methods that sample; and the method's own settings, likewise.
 
@@ -172,7 +175,13 @@ class DecodeFn:
         """
         self._check_params(params)
         prompts, call = self.inputs(
-            prompts, rng, max_new_tokens=max_new_tokens, warm=warm, draft_prompts=draft_prompts, **sampling
+            prompts,
+            rng,
+            max_new_tokens=max_new_tokens,
+            warm=warm,
+            draft_prompts=draft_prompts,
+            grammars=grammars,
+            **sampling,
         )
         mesh = mesh_of(params)
         output = _decode(self.plan, params, *_spread(prompts, call, mesh))
@@ -220,6 +229,7 @@ class DecodeFn:
         max_new_tokens: int | Sequence[int] | None = None,
         warm: Any = None,
         draft_prompts: Sequence[Sequence[int]] | None = None,
+        grammars: Any = None,
         **sampling: float | Sequence[float],
     ) -> tuple[Prompts, Call]:
         """Checks a call's arguments (see `__call__`) and returns them as the arrays that `decode` and `start` take."""
@@ -234,7 +244,9 @@ class DecodeFn:
         own = read_settings(METHODS[method].settings, {**self.settings, **own}, batch)
         settings = read_sampling(sampling, batch, method, METHODS[method].temperature)
         read = self._draft_prompts(draft_prompts, batch)
-        return padded, Call(np.minimum(limit, free), read_keys(rng, batch), settings, self._warm(warm), read, own)
+        rows = np.minimum(limit, free), read_keys(rng, batch), settings
+        grammar = self._grammars(grammars, batch)
+        return padded, Call(*rows, warm=self._warm(warm), draft_prompts=read, own=own, grammar=grammar)
 
     def _held(self, lengths: np.ndarray) -> np.ndarray:
         """Returns how many tokens of each prompt the decoder holds: of those that an encoder reads, a start token.
@@ -275,6 +287,13 @@ class DecodeFn:
                 f"{draft.max_length}: shorten them"
             )
         return padded
+
+    def _grammars(self, grammars: Any, batch: int) -> Any:
+        """Returns where the rows stand in their grammars; raises InputError where the method takes none."""
+        if grammars is not None and not METHODS[self.plan.method].grammars:
+            taking = ", ".join(name for name, method in METHODS.items() if method.grammars)
+            raise InputError(f"method {self.plan.method!r} takes no grammars: use {taking}")
+        return read_grammars(grammars, batch, self.plan.model.config.vocab_size, self.plan.stop_tokens)
 
     def _warm(self, warm: Any) -> Any:
         """Returns what to start from; raises InputError where it is not this method's."""

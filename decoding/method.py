@@ -27,6 +27,7 @@ class Call:
         warm: what the method starts from (`Steps.cold`, or an earlier output's `warm`), or None.
         draft_prompts: what a draft model reads in place of the prompts, or None.
         own: the rows' values of the method's own settings (`Method.settings`), [B] each.
+        grammar: where the rows stand in their grammars (`decoding.grammar.rows.Constraint`), or None.
     """
 
     limit: jax.Array
@@ -35,6 +36,7 @@ class Call:
     warm: Any = None
     draft_prompts: Prompts | None = None
     own: dict[str, jax.Array] = struct.field(default_factory=dict)
+    grammar: Any = None
 
 
 @struct.dataclass
@@ -138,6 +140,7 @@ class Method(NamedTuple):
         head: whether a trained head goes with it: where it drafts with a second model an acceptance head of that, which
             may be left out; else a draft head of the model itself: `params` is then `WithDraft(target, DraftHead)`.
         encoders: whether it also decodes models that read prompts with an encoder.
+        grammars: whether its calls take grammars.
         shared: whether the rows of a batch share a choice, so that a row's text depends on who shares its batch.
         settings: what users set beside `options` without compiling anew: a number for all rows or one per row, given
             to `make_decode_fn` or to a call.
@@ -150,6 +153,7 @@ class Method(NamedTuple):
     drafts: bool = False
     head: bool = False
     encoders: bool = False
+    grammars: bool = False
     shared: bool = False
     settings: Mapping[str, Setting] = MappingProxyType({})
 

@@ -2,6 +2,7 @@
 
 from decoding.autoregressive import GREEDY, SAMPLE
 from decoding.entropy_adaptive import ENTROPY_ADAPTIVE
+from decoding.grammar.constrained import CONSTRAINED
 from decoding.method import Method
 from decoding.search.beam import BEAM
 from decoding.search.contrastive import CONTRASTIVE
@@ -27,6 +28,7 @@ METHODS: dict[str, Method] = {
     "sample": SAMPLE,
     "aded": ADED,
     "beam": BEAM,
+    "constrained": CONSTRAINED,
     "contrastive": CONTRASTIVE,
     "core_infer": CORE_INFER,
     "diverse_beam": DIVERSE_BEAM,

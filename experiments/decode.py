@@ -33,6 +33,19 @@ class SamplingSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class GrammarSettings:
+    """A grammar for all texts, in one of three languages; for methods that take one."""
+
+    regex: str | None = None  # a regular expression that the whole text matches
+    lark: str | None = None  # a context-free grammar in Lark's syntax, whose first rule is `start`
+    json_schema: str | None = None  # a JSON Schema, as JSON
+
+    def __post_init__(self) -> None:
+        if sum(source is not None for source in (self.regex, self.lark, self.json_schema)) > 1:
+            raise ValueError("give one grammar at most: regex, lark or json_schema")
+
+
+@dataclasses.dataclass(frozen=True)
 class DecodeConfig:
     """One decoding run."""
 
@@ -47,6 +60,7 @@ class DecodeConfig:
     head: Path | None = None  # a trained head, for methods that use one (experiments.train_{acceptance,draft}_head)
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # the method's own options and settings
     sampling: SamplingSettings = SamplingSettings()
+    grammar: GrammarSettings = GrammarSettings()
     seed: int = 0  # prompt i samples with seed + i
     max_new_tokens: int = 128  # per prompt
     batch_size: int = 1  # prompts decoded together
@@ -135,6 +149,10 @@ def check_method(config: DecodeConfig) -> None:
             f"with method {config.method!r} the rows of a batch share a choice, and a text would depend on the prompts "
             f"beside it: set --batch_size 1, got {config.batch_size}"
         )
+    grammars = [name for name, source in dataclasses.asdict(config.grammar).items() if source is not None]
+    if grammars and not method.grammars:
+        taking = ", ".join(name for name, row in METHODS.items() if row.grammars)
+        raise InputError(f"method {config.method!r} takes no grammar.{grammars[0]}: leave it out, or use {taking}")
     given = [name for name, value in dataclasses.asdict(config.sampling).items() if value is not None]
     if given and method.temperature is None:
         raise InputError(f"method {config.method!r} takes no {given[0]}: leave it out, or use --method sample")
@@ -163,8 +181,19 @@ class Runner:
         self.params = jax.block_until_ready(params)
         self.load_seconds = time.perf_counter() - begin
         self.config = config
+        self.grammar = self._grammar()
         self.timed = TimedDecode(self.decode_fn, self.params)
         self.device = str(jax.devices()[0].device_kind)
+
+    def _grammar(self) -> Any:
+        """Returns the config's grammar for this model, or None; raises InputError for what is wrong about it."""
+        from decoding import grammar
+
+        for name, source in dataclasses.asdict(self.config.grammar).items():
+            if source is not None:
+                vocabulary = grammar.Vocabulary.of(self.tokenizer, self.decode_fn.plan.model.config.vocab_size)
+                return getattr(grammar, name)(source, vocabulary)
+        return None
 
     def encode(self, prompt: str) -> list[int]:
         """Returns the ids of a prompt, through the chat template where there is one and the config wants it."""
@@ -176,7 +205,7 @@ class Runner:
         """Decodes one batch; with `stream` its text is printed as it is made."""
         settings = {k: v for k, v in dataclasses.asdict(self.config.sampling).items() if v is not None}
         ids = [self.encode(prompt) for prompt in prompts]
-        inputs = self.decode_fn.inputs(ids, seeds, **settings)
+        inputs = self.decode_fn.inputs(ids, seeds, grammars=self.grammar, **settings)
         state, taken = self.timed(inputs, self._stream if self.config.stream else None)
         seconds = {"load": self.load_seconds, **taken._asdict()}
         found = self.decode_fn.output(state).found
