@@ -42,6 +42,8 @@ setup(
         "pydantic>=2.10",
         "tyro>=1.0",
         "bm25s>=0.2",
+        "datasketch>=2",
+        "scipy>=1.13",
         "pyyaml>=6",
         "tqdm>=4.66",
     ],

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.errors import unknown_name
-from models.families import gemma3, gpt2, llama, mistral, qwen2, qwen3
+from models.families import gemma3, gpt2, llama, mistral, qwen2, qwen3, yi
 from models.families.common import Family
 
 FAMILIES: dict[str, Family] = {
@@ -14,6 +14,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": mistral.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "yi": yi.FAMILY,
 }
 
 

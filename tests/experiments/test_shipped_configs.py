@@ -14,6 +14,7 @@ from experiments.bench_speculation import SpeculationBenchConfig
 from experiments.bench_text import LongTextConfig
 from experiments.bench_train import TrainBenchConfig
 from experiments.check_exact import ExactCheckConfig
+from experiments.clean_corpus import CleanConfig
 from experiments.config import dump_config, load_config
 from experiments.decode import DecodeConfig
 from experiments.loading import MEASURED
@@ -25,6 +26,7 @@ from finetune.adapters import ADAPTERS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 KINDS = {
+    "data": CleanConfig,
     "decode": DecodeConfig,
     "bench/decode": BenchConfig,
     "bench/exact": ExactCheckConfig,
