@@ -23,6 +23,7 @@ def describe(config: TrainConfig) -> str:
     from finetune.objective_configs import DistillationConfig, EmoConfig
     from finetune.optimizers import make_optimizer
     from models.decoder import Decoder
+    from models.growth import grow_config
     from models.scratch import scratch_model
     from models.sharding import abstract_mesh
     from models.weights.load import read_config
@@ -30,7 +31,8 @@ def describe(config: TrainConfig) -> str:
     if config.scratch is not None:
         model = scratch_model(config.scratch, scratch_tokenizer(config.scratch.tokenizer).vocab_size)
     else:
-        model = Decoder(read_config(config.model))
+        known = read_config(config.model)
+        model = Decoder(known if config.growth is None else grow_config(known, config.growth))
     base, frozen = model_shapes(model, config.dtype or "float32"), {}
     if config.adapter is None:
         base, trainable, method = {}, model_shapes(model), state.full_tuning(jax.tree.map(lambda x: x.dtype, base))

@@ -1,4 +1,4 @@
-"""A corpus whose faults are known: passages of Python's own language reference, and faults of many kinds put into copies.
+"""A corpus whose faults are known: passages of Python's own language reference, with faults of many kinds.
 
 Each text comes with its fault ("" where it has none), so that what a stage drops can be held against what it should.
 """
@@ -10,12 +10,12 @@ from typing import NamedTuple
 from models.errors import InputError
 
 _WORDS = 120  # of a passage, at least
-_ADS = "buy cheap watches now free shipping best price click here limited offer hot deal save today".split()
+_ADS = ("buy", "cheap", "watches", "now", "free", "shipping", "best", "price", "click", "here", "hot", "offer", "today")
 _NOTICE = (
-    "This page is part of a collection that is kept by volunteers. All rights are reserved by their owners, and nothing on "
-    "it may be copied without leave. The keepers of the collection do not promise that what is said here is right, nor "
-    "that it will be here tomorrow. To be told of changes to the pages that you have read, leave your name with the "
-    "porter at the front desk, who will write to you on the first day of every month of the year."
+    "This page is part of a collection that is kept by volunteers. All rights are reserved by their owners; nothing "
+    "on it may be copied without leave. The keepers of the collection do not promise that what is said here is right, "
+    "nor that it will be here tomorrow. To be told of changes to the pages that you have read, leave your name with "
+    "the porter at the front desk, who will write to you on the first day of every month of the year."
 )
 
 
