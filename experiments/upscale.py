@@ -30,8 +30,6 @@ class UpscaleConfig:
     def __post_init__(self) -> None:
         if self.layers is not None and self.growth.double is not None:
             raise ValueError("set layers, or growth.double, not both")
-        if self.layers is None and self.growth == GrowthConfig():
-            raise ValueError("nothing is to grow: set layers, growth.double, growth.rope_theta or growth.max_length")
 
 
 def upscale(config: UpscaleConfig) -> list[str]:
@@ -44,6 +42,8 @@ def upscale(config: UpscaleConfig) -> list[str]:
     from models.weights.load import load_model
     from models.weights.orbax import save_model
 
+    if config.layers is None and config.growth == GrowthConfig():
+        raise InputError("nothing is to grow: set layers, growth.double, growth.rope_theta or growth.max_length")
     if config.out.exists():
         raise InputError(f"{config.out} exists already; choose another folder with --out, or remove it first")
     model, params, tokenizer = load_model(config.model)

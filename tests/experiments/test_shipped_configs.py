@@ -22,6 +22,7 @@ from experiments.reproduce import TableConfig
 from experiments.train_acceptance_head import HeadConfig
 from experiments.train_config import TrainConfig
 from experiments.train_table import TrainTableConfig
+from experiments.yi_table import YiTableConfig
 from finetune.adapters import ADAPTERS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -39,6 +40,7 @@ KINDS = {
     "tables/adapters": TrainTableConfig,
     "tables/emo": TrainTableConfig,
     "tables/hyperfitting": TrainTableConfig,
+    "tables/yi": YiTableConfig,
     "train": TrainConfig,
     "train/specdec_pp": HeadConfig,
 }

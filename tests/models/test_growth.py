@@ -22,7 +22,7 @@ def old(request):
     model = Decoder(DecoderConfig("llama", 31, 16, (block,) * 3, 32))
     shapes = model.init(jax.random.key(0), TOKENS)["params"]
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(shapes))))
-    return model, jax.tree.map(lambda x: 0.5 * jax.random.normal(next(keys), x.shape) + (x.ndim == 1), shapes)
+    return model, jax.tree.map(lambda x: 0.5 * jax.random.normal(next(keys), x.shape) + float(x.ndim == 1), shapes)
 
 
 def logits(model, params):
