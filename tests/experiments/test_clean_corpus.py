@@ -27,7 +27,7 @@ def raw(tmp_path_factory):
 
 
 def config(raw, out, **more):
-    quality = QualityConfig(raw / "good" / "reference.jsonl", 0.06)
+    quality = QualityConfig(raw / "good" / "reference.jsonl", 0.1)
     return CleanConfig(raw, out, quality=quality, near_copies=NearCopiesConfig(bands=10, rows=8), **more)
 
 
@@ -79,7 +79,7 @@ def test_faults_go_and_texts_stay(raw, whole):
     assert sum(noticed) == 1 < len(noticed), "the first notice stays"
 
 
-@pytest.mark.parametrize("writes", range(1, 16, 2))
+@pytest.mark.parametrize("writes", [1, 6, 11, 15])
 def test_a_killed_run_goes_on_to_the_same_files(raw, whole, tmp_path, monkeypatch, writes):
     class Killed(BaseException):
         pass
