@@ -44,7 +44,10 @@ def markdown(config: "YiTableConfig", measured: "Measured") -> str:
         *("## Longer contexts", "", _about(longer) + " " + _asked(config), ""),
         *(*grid({**words, HELD_OUT: _DEPTH[HELD_OUT]}, measured.context, papers), ""),
         *("## The cascade", "", *counts_page(measured.counts), ""),
-        *("Texts by their planted fault, at first and behind each stage:", ""),
+        *(
+            "Texts by their planted fault, at first and behind each stage; of a text and its copies any one may stay:",
+            "",
+        ),
         *(f"| fault | at first | {' | '.join(stages)} |", "|" + " --- |" * (len(stages) + 2)),
         *(f"| {kind} | {' | '.join(map(str, left))} |" for kind, left in measured.faults.items()),
         "",

@@ -1,5 +1,6 @@
 """The cascade over shards: counts that add up, a killed run that goes on to the same files, bad lines by number."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from experiments.clean_corpus import CleanConfig, clean
 from finetune.cleaning.near_copies import NearCopiesConfig
 from finetune.cleaning.planted import WHOLE, planted_corpus
 from finetune.cleaning.quality import QualityConfig
+from finetune.cleaning.rules import RulesConfig
 from models.errors import InputError
 
 
@@ -70,6 +72,7 @@ def test_faults_go_and_texts_stay(raw, whole):
     before, after = ({kind: [x for x in lines(f) if x["fault"] == kind] for kind in {x["fault"] for x in lines(raw)}}
                      for f in (raw, whole[0] / "corpus"))  # fmt: skip
     assert len(after[""]) >= 0.8 * len(before[""])
+    assert len(after.pop("advertisement")) <= 1 < len(before.pop("advertisement")), "of the scorer no more is asked"
     for kind in set(before) - {"", "copy", "near copy, 1 word in 100", *WHOLE}:
         assert not after[kind], kind
     copied = sum(len(after[kind]) for kind in ("", "copy", "near copy, 1 word in 100"))
@@ -107,20 +110,18 @@ def test_what_is_done_is_not_done_again(raw, whole, monkeypatch):
     assert clean(config(raw, whole[0])) == whole[1]
 
 
-def test_other_settings_and_other_shards_are_done_again(raw, whole, tmp_path):
-    source = tmp_path / "source"
+def test_other_settings_and_other_shards_are_done_again(raw, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     for path in raw.glob("*.jsonl"):
         (source / path.name).write_bytes(path.read_bytes())
-    first = clean(config(raw, tmp_path / "out"))
-    lines_of_one = (source / "0.jsonl").read_text().splitlines(keepends=True)
-    (source / "0.jsonl").write_text("".join(lines_of_one[:-5]))
-    settings = config(raw, tmp_path / "out")
-    fewer = clean(CleanConfig(source, settings.out, quality=settings.quality, near_copies=settings.near_copies))
-    assert fewer[0].texts_in == first[0].texts_in - 5
-    without = clean(config(raw, tmp_path / "out", repeats=None))
-    assert without == first[:3]
-    assert lines(tmp_path / "out" / "corpus") == lines(tmp_path / "out" / "3-near_copies")
+    settings = CleanConfig(source, out, near_copies=None)
+    first = clean(settings)
+    (source / "0.jsonl").write_text("".join((source / "0.jsonl").read_text().splitlines(keepends=True)[:-5]))
+    assert clean(settings)[0].texts_in == first[0].texts_in - 5
+    alone = clean(dataclasses.replace(settings, repeats=None, rules=RulesConfig(min_words=150)))
+    assert [one.stage for one in alone] == ["rules"] and alone[0].dropped["length"] > first[0].dropped["length"]
+    assert lines(out / "corpus") == lines(out / "1-rules")
 
 
 @pytest.mark.parametrize(
