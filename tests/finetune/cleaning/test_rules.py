@@ -55,7 +55,12 @@ def test_masks_leave_nothing_to_mask():
     masked = mask(text)
     assert masked == "Write to <email>, or call <phone> or <phone> before 2024-05-01 at 10.30."
     assert not any(pattern.search(masked) for pattern, _ in MASKS) and mask(masked) == masked
-    assert rules_stage(RulesConfig(mask=False, min_words=1, min_stop_words=0)).apply([text], None)[0].text == text
+    assert (
+        rules_stage(RulesConfig(mask=False, min_words=1, min_stop_words=0, min_alphabetic=0.0))
+        .apply([text], None)[0]
+        .text
+        == text
+    )
 
 
 def test_planted_faults_are_found_and_passages_are_not():
