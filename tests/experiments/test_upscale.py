@@ -33,7 +33,7 @@ def logits(folder):
 
 def test_named_layers_that_begin_as_nothing(grow, tiny, capsys):
     run, out = grow
-    run("--growth.double", "1", "2", "--growth.identity", "True", "--growth.max_length", "256")
+    run("--growth.double", "1", "2", "--growth.identity", "--growth.max_length", "256")
     assert "layers: 0 1 1\n2 layers became 3, 128 tokens of context 256" in capsys.readouterr().out
     model, _, tokenizer = load_model(out)
     assert (model.config.num_layers, model.config.max_length) == (3, 256) and tokenizer is not None
