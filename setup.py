@@ -53,6 +53,8 @@ setup(
         "bm25s>=0.2",
         "llguidance>=1.9.1",
         "outlines-core>=0.2.14",
+        "datasketch>=2",
+        "scipy>=1.13",
         "pyyaml>=6",
         "tqdm>=4.66",
     ],

@@ -5,7 +5,7 @@ another and all rows of a task one behind the other, so that a slow hour of the 
 measured is kept and not measured again; an interrupted run goes on where it stopped. Plain decoding is measured again
 for a task of which anything else is: every cell keeps what plain decoding took in its own run. Writes
 table.md, table.csv, plot.png and runs/ to results/<table>/<preset>. A config of `type: training` is a table of training
-runs (`experiments.train_table`).
+runs (`experiments.train_table`), one of `type: yi` Yi's (`experiments.yi_table`).
 """
 
 import dataclasses
@@ -239,13 +239,26 @@ def run_training_table(argv: Sequence[str]) -> str:
     return f"\n{written}\nsaved in {config.folder}{os.sep}"
 
 
+def run_yi_table(argv: Sequence[str]) -> str:
+    """Measures what is missing of Yi's table and writes it; returns the page."""
+    from experiments import yi_pages, yi_table
+
+    config = load_config(yi_table.YiTableConfig, argv, prog=_PROG, description=_DESCRIPTION)
+    setup_runtime()
+    with locked(config.folder, "--out"):
+        save_config(config, config.folder / "config.yaml")
+        written = yi_pages.write_table(config, yi_table.measure(config))
+    return f"\n{written}\nsaved in {config.folder}{os.sep}"
+
+
 def main(argv: list[str] | None = None) -> None:
     """Loads the table's config, measures what is missing, writes the table."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
-    if chosen_type(argv) == "training":
-        print(run_training_table(argv))
+    other_kinds = {"training": run_training_table, "yi": run_yi_table}
+    if chosen_type(argv) in other_kinds:
+        print(other_kinds[chosen_type(argv)](argv))
         return
     config = load_config(TableConfig, argv, prog=_PROG, description=_DESCRIPTION)
     _check_heads(config)

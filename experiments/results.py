@@ -15,6 +15,7 @@ from experiments.config import chosen_type, dump_config, load_config
 from experiments.reproduce import TableConfig
 from experiments.runtime import run_main
 from experiments.train_table import TrainTableConfig
+from experiments.yi_table import YiTableConfig
 from models.errors import InputError
 
 _HEAD = """# Results
@@ -64,7 +65,7 @@ def _flags(saved: Path, shipped: Path, preset: str) -> str:
     if not (saved.is_file() and shipped.is_file()):
         return ""
     argv = ["--config", str(shipped), "--preset", preset]
-    kind = TrainTableConfig if chosen_type(argv) == "training" else TableConfig
+    kind = {"training": TrainTableConfig, "yi": YiTableConfig}.get(chosen_type(argv), TableConfig)
     then = _flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
     now = _flat(yaml.safe_load(dump_config(load_config(kind, argv, prog="", description=""))))
     changed = {name: value for name, value in then.items() if name != "out" and value != now.get(name)}

@@ -22,7 +22,9 @@ def describe(config: TrainConfig) -> str:
     from finetune.dry_run import adapter_shapes, dry_run, model_shapes, render
     from finetune.objective_configs import DistillationConfig, EmoConfig
     from finetune.optimizers import make_optimizer
+    from models.decoder import Decoder
     from models.encoder_decoder import decoder_only, network
+    from models.growth import grow_config
     from models.scratch import scratch_model
     from models.sharding import abstract_mesh
     from models.weights.load import read_config
@@ -31,6 +33,7 @@ def describe(config: TrainConfig) -> str:
         model = scratch_model(config.scratch, scratch_tokenizer(config.scratch.tokenizer).vocab_size)
     else:
         model = decoder_only(network(read_config(config.model)), "training")
+        model = model if config.growth is None else Decoder(grow_config(model.config, config.growth))
     base, frozen = model_shapes(model, config.dtype or "float32"), {}
     if config.adapter is None:
         base, trainable, method = {}, model_shapes(model), state.full_tuning(jax.tree.map(lambda x: x.dtype, base))

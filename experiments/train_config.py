@@ -9,6 +9,7 @@ from finetune.data import DataConfig, GeneratedData
 from finetune.distributed import DistributedConfig
 from finetune.objective_configs import CrossEntropyConfig, ObjectiveConfig
 from finetune.optimizers import OptimizerConfig
+from models.growth import GrowthConfig
 from models.scratch import ScratchConfig
 from models.sharding import MeshConfig
 
@@ -57,6 +58,7 @@ class TrainConfig:
 
     model: str = "smollm2-135m-instruct"  # a registry name, a .gguf file, or a model folder
     scratch: ScratchConfig | None = None  # a new model of this shape in place of `model`
+    growth: GrowthConfig | None = None  # makes `model` deeper, or its context longer, before it is trained
     dtype: Literal["float32", "bfloat16"] | None = None  # of the frozen model; None: as stored (GGUF: float32)
     adapter: AdapterConfig | None = LoraConfig()  # what is trained; null: every parameter
     data: DataConfig = GeneratedData()
@@ -86,3 +88,7 @@ class TrainConfig:
             raise ValueError(f"length must be at least 2, got {self.length}")
         if self.scratch is not None and self.adapter is not None:
             raise ValueError("a new model (scratch) is trained whole: set adapter to null")
+        if self.growth is not None and (self.scratch is not None or self.adapter is not None):
+            raise ValueError(
+                "growth is of a trained model (scratch: null), and of what is trained whole (adapter: null)"
+            )

@@ -60,16 +60,16 @@ def write_table(config: "TrainTableConfig", rows: Rows, texts: Rows) -> str:
 def markdown(config: "TrainTableConfig", rows: Rows, texts: Rows) -> str:
     """Returns the table's page."""
     lines = [f"# {config.title or config.table}", "", _setting(config), "", machine(), ""]
-    lines += [*_grid(COLUMNS, rows, {row.name: row.paper for row in config.rows}), ""]
+    lines += [*grid(COLUMNS, rows, {row.name: row.paper for row in config.rows}), ""]
     lines += ["The bytes of an update are all that its compiled code holds at once, but for the frozen model.", ""]
     if texts:
         lines += ["## What the models write", "", _writing(config), ""]
-        lines += [*_grid(TEXT_COLUMNS, texts, {row.name: row.paper for row in config.texts}), ""]
+        lines += [*grid(TEXT_COLUMNS, texts, {row.name: row.paper for row in config.texts}), ""]
     lines += [answer(claim, {**rows, **texts}, config.size.examples) for claim in config.claims]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _grid(columns: Mapping[str, tuple[str, str]], rows: Rows, papers: Mapping[str, str]) -> list[str]:
+def grid(columns: Mapping[str, tuple[str, str]], rows: Rows, papers: Mapping[str, str]) -> list[str]:
     """Returns a table's lines; columns without a figure are left out, and so is the paper's where it says nothing."""
     shown = {name: column for name, column in columns.items() if any(name in figures for figures in rows.values())}
     told = any(papers.get(row) for row in rows)

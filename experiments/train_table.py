@@ -22,6 +22,7 @@ from finetune.adapters import AdapterConfig
 from finetune.objective_configs import CrossEntropyConfig, ObjectiveConfig
 from finetune.trainer import NotFinite
 from models.errors import InputError
+from models.growth import GrowthConfig
 
 Figures = dict[str, float]
 BASE = "base"  # the row of the model before it is trained further
@@ -35,6 +36,7 @@ class TrainRow:
     name: str = "full"
     adapter: AdapterConfig | None = None  # None: every parameter
     objective: ObjectiveConfig = CrossEntropyConfig()
+    growth: GrowthConfig | None = None  # makes the model deeper, or its context longer, first
     learning_rates: tuple[float, ...] = (1e-3,)  # each is tried
     paper: str = ""  # what the paper reports, in words and figures
 
@@ -130,11 +132,7 @@ class TrainTableConfig:
 
 def measure(config: TrainTableConfig) -> tuple[dict[str, Figures], dict[str, Figures]]:
     """Returns ({row: figures}, {row of texts: figures}), running what is not yet kept."""
-    model, size = train_base(config), config.size
-    shared = dataclasses.replace(config.run, model=model, scratch=None, steps=size.steps)
-    shared = dataclasses.replace(
-        shared, evaluation=dataclasses.replace(shared.evaluation, every=0, examples=size.examples)
-    )
+    shared, size = shared_run(config, train_base(config)), config.size
     plan = [(row, rate) for row in config.chosen for rate in row.learning_rates[: size.rates]]
     tried: dict[str, list[Figures]] = {}
     for done, (row, rate) in enumerate(plan, 1):
@@ -149,6 +147,12 @@ def measure(config: TrainTableConfig) -> tuple[dict[str, Figures], dict[str, Fig
         )
     best = {name: min(found, key=lambda figures: figures[HELD_OUT]) for name, found in tried.items()}
     return best, measure_texts(config, shared, best)
+
+
+def shared_run(config: TrainTableConfig, model: str) -> TrainConfig:
+    """Returns what the runs of all rows share, from the model that they start from."""
+    evaluation = dataclasses.replace(config.run.evaluation, every=0, examples=config.size.examples)
+    return dataclasses.replace(config.run, model=model, scratch=None, steps=config.size.steps, evaluation=evaluation)
 
 
 def measure_texts(config: TrainTableConfig, shared: TrainConfig, best: dict[str, Figures]) -> dict[str, Figures]:
@@ -220,6 +224,19 @@ def train_base(config: TrainTableConfig) -> str:
     return str(folder / "model")
 
 
+def cell_config(folder: Path, row: TrainRow, rate: float, seed: int, shared: TrainConfig) -> TrainConfig:
+    """Returns the config of one run of a row."""
+    return dataclasses.replace(
+        shared,
+        adapter=row.adapter,
+        objective=row.objective,
+        growth=row.growth,
+        optimizer=dataclasses.replace(shared.optimizer, learning_rate=rate),
+        seed=seed,
+        run_dir=_run_folder(folder, row.name, rate, seed),
+    )
+
+
 def _run_folder(folder: Path, row: str, rate: float, seed: int) -> Path:
     return folder / "runs" / (f"{row}-{rate:g}" + (f"-seed{seed}" if seed else ""))
 
@@ -228,14 +245,7 @@ def run_cell(folder: Path, row: TrainRow, rate: float, seed: int, shared: TrainC
     """Returns (the figures of one run, whether they were kept from before)."""
     from experiments.training import run_training
 
-    run = dataclasses.replace(
-        shared,
-        adapter=row.adapter,
-        objective=row.objective,
-        optimizer=dataclasses.replace(shared.optimizer, learning_rate=rate),
-        seed=seed,
-        run_dir=_run_folder(folder, row.name, rate, seed),
-    )
+    run = cell_config(folder, row, rate, seed, shared)
     path, key = run.run_dir / "figures.json", cell_key(dump_config(run))
     kept = read_kept(path, key)
     if kept is not None:

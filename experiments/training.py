@@ -42,6 +42,7 @@ from finetune.state import Batch, Constants, Method, TrainState
 from finetune.trainer import Hook, NotFinite, make_train_step, train
 from models.decoder import Decoder
 from models.errors import InputError
+from models.growth import grow
 from models.sharding import build, make_mesh, place
 from models.weights.tokenizer import Tokenizer
 
@@ -99,6 +100,8 @@ def load_base(config: TrainConfig, mesh: Mesh) -> Base:
             raise InputError(f"{config.model} has no tokenizer.json: put the model's tokenizer.json into the folder")
         decoder_only(model, "training")
         name = Path(config.model).name
+        if config.growth is not None:
+            model, params = grow(model, params, config.growth)
     else:
         shape = config.scratch
         tokenizer = scratch_tokenizer(shape.tokenizer)
@@ -215,7 +218,10 @@ def _gradients(base: Base, mesh: Any, objective: Objective, kernels: Any, batche
 
 
 # What decides where a run comes out; the rest of a config, and the learning rate, may change when it goes on.
-_DECIDES = ("model", "scratch", "dtype", "adapter", "data", "objective", "optimizer", "batch_size", "length", "packing")
+_DECIDES = (
+    *("model", "scratch", "growth", "dtype", "adapter", "data", "objective", "optimizer"),
+    *("batch_size", "length", "packing"),
+)
 
 
 def _facts(config: TrainConfig, batches: Batches) -> dict[str, Any]:
@@ -230,9 +236,9 @@ def _check_same(config: TrainConfig, batches: Batches, facts: dict[str, Any]) ->
     for settings in (now, then):
         settings["optimizer"].pop("learning_rate", None)
     for name in (*_DECIDES, "seed"):
-        if now[name] != then[name]:
+        if now[name] != then.get(name):
             raise InputError(
-                f"the run in {config.run_dir} was started with another {name}: {then[name]!r}, now {now[name]!r}; "
+                f"the run in {config.run_dir} was started with another {name}: {then.get(name)!r}, now {now[name]!r}; "
                 "choose another run_dir, or set it back to go on"
             )
     if batches.fingerprint != facts["data"]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from finetune.corpus import TASKS, Example, generate
+from finetune.recall import recall_examples
 from finetune.rows import Row, Rows, as_chat, encode, fit
 from finetune.sources import FileData, HubData, Item, Placed, read_source
 from finetune.stories import stories
@@ -68,7 +69,31 @@ class StoriesData:
             )
 
 
-DataConfig = GeneratedData | StoriesData | FileData | HubData
+@dataclasses.dataclass(frozen=True)
+class RecallData:
+    """Facts to be recalled from texts of filler (`finetune.recall`); for models with the tokenizer `stories`.
+
+    Attributes:
+        size: texts to train on, in each of which every fact is asked for.
+        test_size: texts to test on, with one question each.
+        words: of a text, before its questions.
+        facts: of a text.
+        seed: of the texts.
+    """
+
+    type: Literal["recall"] = "recall"
+    size: int = 20_000
+    test_size: int = 200
+    words: int = 64
+    facts: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.test_size < 0 or self.facts < 1 or self.words < 2 * self.facts:
+            raise InputError("size and facts must be at least 1, test_size 0, and words twice the facts")
+
+
+DataConfig = GeneratedData | StoriesData | RecallData | FileData | HubData
 
 
 class Question(NamedTuple):
@@ -138,6 +163,9 @@ def _read(config: DataConfig) -> tuple[str, Placed, Placed | None, bool]:
     def side(size: int, test: bool) -> Placed:
         if isinstance(config, StoriesData):
             return [("a story", text) for text in stories(size, config.words, config.domains, config.seed, test)]
+        if isinstance(config, RecallData):
+            made = recall_examples(size, config.words, config.facts, config.seed, test)
+            return [("a text to recall", example) for example in made]
         return [(example.task, example) for example in generate(config.tasks, size, config.seed, test)]
 
     chat = isinstance(config, GeneratedData) and config.chat

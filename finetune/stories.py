@@ -108,6 +108,12 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(itertools.chain.from_iterable(groups))
 
 
+def names_and_things() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Returns (names, things, other words without "the") of the vocabulary, for texts of another law."""
+    things = tuple(itertools.chain.from_iterable(_OBJECTS.values()))
+    return _SHE + _HE, things, _PLACES + _OPENERS + _LINKS + tuple(_KINDS)
+
+
 def write(words: int, domain: int, seed: str) -> str:
     """Returns a story of so many words (a full stop is one), in `domain`; it may end in the middle of a sentence."""
     rng, state, text = random.Random(seed), State(), []

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.errors import unknown_name
-from models.families import gemma3, gpt2, llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe, t5
+from models.families import gemma3, gpt2, llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe, t5, yi
 from models.families.common import Family
 
 FAMILIES: dict[str, Family] = {
@@ -19,6 +19,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": qwen3.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
     "t5": t5.FAMILY,
+    "yi": yi.FAMILY,
 }
 
 

@@ -14,6 +14,7 @@ from experiments.bench_speculation import SpeculationBenchConfig
 from experiments.bench_text import LongTextConfig
 from experiments.bench_train import TrainBenchConfig
 from experiments.check_exact import ExactCheckConfig
+from experiments.clean_corpus import CleanConfig
 from experiments.config import dump_config, load_config
 from experiments.decode import DecodeConfig
 from experiments.generate import GenerateConfig
@@ -23,10 +24,12 @@ from experiments.train_acceptance_head import HeadConfig
 from experiments.train_config import TrainConfig
 from experiments.train_draft_head import DraftHeadConfig
 from experiments.train_table import TrainTableConfig
+from experiments.yi_table import YiTableConfig
 from finetune.adapters import ADAPTERS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 KINDS = {
+    "data": CleanConfig,
     "decode": DecodeConfig,
     "bench/beam": BenchConfig,
     "bench/decode": BenchConfig,
@@ -40,6 +43,7 @@ KINDS = {
     "tables/adapters": TrainTableConfig,
     "tables/emo": TrainTableConfig,
     "tables/hyperfitting": TrainTableConfig,
+    "tables/yi": YiTableConfig,
     "train": TrainConfig,
     "train/specdec_pp": HeadConfig,
     "train/eagle": DraftHeadConfig,
