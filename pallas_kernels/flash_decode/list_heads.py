@@ -3,7 +3,6 @@
 Axis letters: B batch, K heads of the cache, N lists.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -36,5 +35,5 @@ class ListHeads(NamedTuple):
         if self.heads == tuple(range(self.num_heads)):
             return place
         row, index = lax.div(place, len(self.heads)), lax.rem(place, len(self.heads))
-        pick = lambda found, pair: jnp.where(index == pair[0], pair[1], found)  # noqa: E731
-        return row * self.num_heads + functools.reduce(pick, enumerate(self.heads), 0)
+        head = sum((index == i).astype(jnp.int32) * head for i, head in enumerate(self.heads))
+        return row * self.num_heads + head

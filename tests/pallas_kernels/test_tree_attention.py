@@ -163,7 +163,7 @@ def test_listed_pages_of_some_heads(lists):
     """A list for each key/value head, or for each query head; what stands in other pages does not count."""
     q, k, v, tree_k, tree_v, lengths, ancestors, depth = operands("three heads a group")
     heads, queries = [2, 0], [*range(6, 9), *range(3)]
-    pages = jnp.broadcast_to(jnp.array([6, -1, 1, 0], jnp.int32), (len(lengths), 2 * lists, 4))
+    pages = jnp.broadcast_to(jnp.array([6, -1, 1, 0], jnp.int32), (3, 2 * lists, 4))
     args = q[:, :, queries], tree_k[:, heads], tree_v[:, heads], lengths, ancestors
     got = tree_attention(args[0], k, v, *args[1:], pages=pages, page_size=16, heads=heads)
     slots = jnp.asarray([slot for slot in range(150) if slot // 16 in (0, 1, 6)])
