@@ -89,11 +89,11 @@ class Grammar:
 
 
 def regex(pattern: str, vocabulary: Vocabulary) -> Grammar:
-    """Returns the grammar of the texts that a regular expression matches from beginning to end.
+    r"""Returns the grammar of the texts that a regular expression matches from beginning to end.
 
     Args:
         pattern: in the syntax of Rust's regex library: no look-around, no back-references, no anchors. Classes such as
-            `\\d` mean Unicode's.
+            `\d` mean Unicode's.
         vocabulary: the tokens.
 
     Raises:

@@ -96,8 +96,8 @@ def read_grammars(grammars: Any, batch: int, vocab: int, stop_tokens: tuple[int,
     rows = [grammars] * batch if grammars is None or isinstance(grammars, Grammar) else grammars
     if not isinstance(rows, Sequence) or not all(row is None or isinstance(row, Grammar) for row in rows):
         raise InputError(
-            f"grammars must be one Grammar, or one or None per row; got {grammars!r:.80}: make them with regex, lark or "
-            "json_schema of decoding.grammar"
+            f"grammars must be one Grammar, or one or None per row; got {grammars!r:.80}: make them with regex, lark "
+            "or json_schema of decoding.grammar"
         )
     if len(rows) != batch:
         raise InputError(f"grammars must be one for each of {batch} prompts, got {len(rows)}")
