@@ -42,7 +42,7 @@ KEPT = 4096  # allowed tokens up to which a node keeps its row, 48 KB; wider row
 
 
 class Sample(NamedTuple):
-    """A sample: its tokens, stop token included; whether it is in the grammar; calls of the model."""
+    """A sample: its tokens, stop token included; whether it is in the grammar; laws that the model was asked for."""
 
     tokens: list[int]
     accepted: bool

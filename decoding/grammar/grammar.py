@@ -23,6 +23,9 @@ from decoding.grammar.vocabulary import Vocabulary
 from models.errors import InputError
 
 _COUNT = itertools.count()
+_WHOLE_MASKS = (
+    '\n%llguidance {"no_forcing": true}\n'  # also where the next bytes are certain: any tokens that spell them
+)
 BY_NUMBER: "weakref.WeakValueDictionary[int, Grammar]" = weakref.WeakValueDictionary()
 
 
@@ -102,8 +105,9 @@ def regex(pattern: str, vocabulary: Vocabulary) -> Grammar:
     import llguidance
 
     _check_text("pattern", pattern)
-    compiled = llguidance.LLMatcher.grammar_from_regex(pattern)
-    _check(compiled, vocabulary, f"the regular expression {pattern!r:.80}")
+    plain = llguidance.LLMatcher.grammar_from_regex(pattern)
+    rule = json.loads(plain)["grammars"][0]["lark_grammar"]
+    compiled = _checked(plain, rule, vocabulary, f"the regular expression {pattern!r:.80}")
     return Grammar("regex", pattern, vocabulary, compiled, token_table(pattern, vocabulary))
 
 
@@ -120,8 +124,7 @@ def lark(text: str, vocabulary: Vocabulary) -> Grammar:
     import llguidance
 
     _check_text("text", text)
-    compiled = llguidance.LLMatcher.grammar_from_lark(text)
-    _check(compiled, vocabulary, "the grammar")
+    compiled = _checked(llguidance.LLMatcher.grammar_from_lark(text), text, vocabulary, "the grammar")
     return Grammar("lark", text, vocabulary, compiled)
 
 
@@ -143,8 +146,8 @@ def json_schema(schema: Mapping[str, Any] | str, vocabulary: Vocabulary) -> Gram
         json.loads(source)
     except (TypeError, ValueError) as error:
         raise InputError(f"the schema is not JSON: {error}") from error
-    compiled = llguidance.LLMatcher.grammar_from_json_schema(source)
-    _check(compiled, vocabulary, "the JSON Schema")
+    plain = llguidance.LLMatcher.grammar_from_json_schema(source)
+    compiled = _checked(plain, f"start: %json {source}", vocabulary, "the JSON Schema")
     return Grammar("json_schema", source, vocabulary, compiled)
 
 
@@ -153,16 +156,22 @@ def _check_text(name: str, text: Any) -> None:
         raise InputError(f"{name} must be text, got {text!r:.80}")
 
 
-def _check(compiled: str, vocabulary: Vocabulary, what: str) -> None:
-    """Raises InputError with what the engine has against a grammar, or where its first mask is empty."""
+def _checked(plain: str, text: str, vocabulary: Vocabulary, what: str) -> str:
+    """Returns a grammar as the engine is to read it, from its `plain` form and from its text in Lark's syntax.
+
+    Raises InputError with what the engine has against it, or where its first mask is empty.
+    """
     import llguidance
 
-    message = llguidance.LLMatcher.validate_grammar(compiled, vocabulary.engine)
-    if message:
-        raise InputError(_told(message, what))
+    compiled = llguidance.LLMatcher.grammar_from_lark(text + _WHOLE_MASKS)
+    for form in (plain, compiled):
+        message = llguidance.LLMatcher.validate_grammar(form, vocabulary.engine)
+        if message:
+            raise InputError(_told(message, what))
     words = np.zeros(num_words(vocabulary.size), np.uint32)
     if not EngineMatcher(vocabulary, compiled).fill(words) and not words.any():
         raise InputError(f"{what} admits no token at all: no text of it can begin with a token of this vocabulary")
+    return compiled
 
 
 def _told(message: str, what: str) -> str:
