@@ -12,14 +12,15 @@ import dataclasses
 from typing import Literal
 
 from decoding.method import Method, Steps
-from decoding.search.beams import LENGTH_PENALTY, Search, check_search, search_steps
+from decoding.search.beams import LENGTH_PENALTY, check_search, search_steps
 from decoding.search.constraints import constraints_of
+from decoding.search.group import Search
 from models.decoder import Decoder
 
 
 @dataclasses.dataclass(frozen=True)
 class BeamOptions:
-    """See `decoding.search.beams.Search` for what they mean.
+    """See `decoding.search.group.Search` for what they mean.
 
     Attributes:
         width: beams of a row.

@@ -23,8 +23,9 @@ import numpy as np
 from decoding.arguments import Setting
 from decoding.method import Method, Steps
 from decoding.search import diversity
-from decoding.search.beams import LENGTH_PENALTY, Search, check_search, search_steps
+from decoding.search.beams import LENGTH_PENALTY, check_search, search_steps
 from decoding.search.constraints import constraints_of
+from decoding.search.group import Search
 from models.decoder import Decoder
 from models.errors import InputError
 
@@ -38,7 +39,7 @@ SETTINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class DiverseBeamOptions:
-    """See `decoding.search.beams.Search` for the others.
+    """See `decoding.search.group.Search` for the others.
 
     Attributes:
         width: beams of a row, in all groups together.
