@@ -76,6 +76,8 @@ def byte_automaton(pattern: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         index = Index(f"(?:{pattern})\\x{{{ord(END):x}}}", letters)
     except ValueError as error:
+        if "no transitions" in str(error):
+            raise InputError(f"the grammar {pattern!r:.80} admits no token at all: nothing matches it") from error
         raise InputError(f"the regular expression {pattern!r:.80} cannot be compiled: {error}") from error
     moves, last = index.get_transitions(), index.get_final_states()
     number = {state: place for place, state in enumerate({index.get_initial_state(): 0} | moves | dict.fromkeys(last))}

@@ -48,10 +48,11 @@ class EngineMatcher:
         """Writes the tokens that may come next to u32[W]; returns whether the text may end here."""
         import llguidance.numpy
 
+        ends = self._matcher.is_accepting()  # the mask would say that a dead end is one, too
         llguidance.numpy.fill_next_token_bitmask(self._matcher, self._words, 0)
         found = self._words[0].view(np.uint32)
         np.bitwise_and(found[: len(words)], self._ordinary[: len(words)], out=words)
-        return bool(found[self.size // 32] >> np.uint32(self.size % 32) & np.uint32(1))
+        return ends
 
     def consume(self, token: int) -> bool:
         """Adds a token; returns False, with the text as it was, where the grammar does not allow it."""

@@ -47,7 +47,7 @@ def finished(output) -> list[bytes]:
 
 def test_random_expressions_are_matched_row_by_row_without_a_retrace(decode_fn, tiny):
     """Eight grammars in a batch, ten batches, one compiled function."""
-    compiled, done = None, 0
+    compiled, done, seen = decoding.decode._decode._cache_size(), 0, set()
     for batch in range(10):
         patterns = [random_pattern(100 + 8 * batch + row) for row in range(len(PROMPTS))]
         grammars = [regex(pattern, VOCABULARY) for pattern in patterns]
@@ -56,9 +56,9 @@ def test_random_expressions_are_matched_row_by_row_without_a_retrace(decode_fn, 
             if row[-1] == STOP:
                 done += 1
                 assert re.fullmatch(pattern, text_of(row).decode()), (pattern, text_of(row))
-        shapes = {leaf.shape for leaf in jax.tree.leaves(decode_fn.inputs(PROMPTS, grammars=grammars)[1].grammar)}
-        compiled = compiled or (decoding.decode._decode._cache_size(), shapes)
-        assert shapes != compiled[1] or decoding.decode._decode._cache_size() == compiled[0]
+        constraint = decode_fn.inputs(PROMPTS, grammars=grammars)[1].grammar
+        seen.add(tuple(leaf.shape for leaf in jax.tree.leaves(constraint)))
+    assert decoding.decode._decode._cache_size() <= compiled + len(seen) and len(seen) < 5
     assert done > 70, "too few rows ended for the check to mean much"
 
 
