@@ -42,16 +42,16 @@ def forget_compiled_code():
 
 
 def tiny_config() -> DecoderConfig:
-    """Two layers, grouped heads, the last one with a sliding window of 6."""
+    """Three layers, grouped heads, the middle layer with a sliding window of 6."""
     attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, rope=RopeConfig(100.0))
     block = BlockConfig(attention, MLPConfig(48))
     local = dataclasses.replace(block, attention=dataclasses.replace(attention, window=6))
-    return DecoderConfig("llama", vocab_size=61, width=32, blocks=(block, local), max_length=256)
+    return DecoderConfig("llama", vocab_size=61, width=32, blocks=(block, local, block), max_length=256)
 
 
 @pytest.fixture(scope="session")
 def tiny() -> tuple[Decoder, dict]:
-    """(model, params) of a random model whose greedy text is varied."""
+    """(model, params) of a random three-layer model whose greedy text is varied."""
     model = Decoder(tiny_config())
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     return model, jax.tree.map(lambda x: x * 12.0 if x.ndim == 2 else x, params)
