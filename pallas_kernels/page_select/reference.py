@@ -23,8 +23,10 @@ def page_scores_reference(
     """
 
     def product(one: jax.Array, other: jax.Array) -> jax.Array:
-        precision = product_precision(q.dtype)
-        return jnp.einsum("nrd,nmgd->nrmg", one, other, precision=precision, preferred_element_type=jnp.float32)
+        # All logical pages on one axis: with two the bounds would be turned round first.
+        rows, precision = other.reshape(other.shape[0], -1, other.shape[3]), product_precision(q.dtype)
+        found = jnp.einsum("nrd,nld->nrl", one, rows, precision=precision, preferred_element_type=jnp.float32)
+        return found.reshape(*found.shape[:2], *other.shape[1:3])
 
     scores = product(jnp.maximum(q, 0), high) + product(jnp.minimum(q, 0), low)
     begin = jnp.arange(high.shape[1] * high.shape[2], dtype=jnp.int32).reshape(high.shape[1:3]) * logical_size

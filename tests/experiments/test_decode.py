@@ -55,14 +55,16 @@ def test_json_lines_have_the_documented_keys_and_consistent_counts(run):
 
 
 def test_a_search_gives_its_other_texts_and_their_scores(run):
-    options = "{width: 3, num_return: 2, length_penalty: 0.5}"
-    flags = ["--method", "beam", "--options", options, "--prompt", "one", "--prompt", "two", "--max_new_tokens", "5"]
+    options = ["--options.width", "3", "--options.num_return", "2", "--options.length_penalty", "0.5"]
+    flags = ["--method", "beam", *options, "--prompt", "one", "--prompt", "two", "--max_new_tokens", "5"]
     records = lines(run(*flags, "--batch_size", "2", "--output", "json")[1])
+    assert len(records) == 2
     for record in records:
         best, second = record["found"]
         assert best["text"] == record["text"] != second["text"] and best["score"] > second["score"]
-    code, out, _ = run(*flags)
-    assert code == 0 and f"[{records[1]['found'][1]['score']:.4f}] {records[1]['found'][1]['text']}" in out
+    code, out, err = run(*flags)
+    assert code == 0, err
+    assert f"[{records[1]['found'][1]['score']:.4f}] {records[1]['found'][1]['text']}" in out
     code, streamed, _ = run(*flags, "--stream")
     assert code == 0 and all(record["text"] in streamed for record in records), "all at once, when it is certain"
 

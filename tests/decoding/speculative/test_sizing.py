@@ -160,7 +160,7 @@ def test_no_curve_changes_the_text(tiny, curve, method):
     if curve is DEAR:
         assert not np.asarray(again.stats.drafted).any()
     elif curve is CHEAP and method == "token_recycling":
-        assert np.asarray(again.stats.steps).sum() < np.asarray(first.stats.steps).sum()
+        assert all(np.asarray(output.stats.drafted).sum() > 0 for output in (first, again))
 
 
 def test_a_sure_text_is_drafted_as_far_as_the_tree_goes():
