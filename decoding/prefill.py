@@ -4,7 +4,7 @@ Ragged prompts are padded on the right to one of a few bucket lengths, so that a
 nothing. The keys of padding end up in stale slots behind each row's length and are overwritten by the tokens that
 follow.
 
-Axis letters: B batch, P bucket length, S cache slots.
+Axis letters: B batch, P bucket length, S cache slots, D model width.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,6 +50,20 @@ class Observer(NamedTuple):
     first: Callable[[Prompts], Any]
     add: Callable[[Any, Any, jax.Array], Any]
     of: Literal["inner", "hidden"] = "inner"
+
+
+def hidden_observer(width: int) -> Observer:
+    """Returns what collects (f32[B, P, D], i32[] tokens so far) of prompts: the states behind the last block."""
+
+    def first(prompts: Prompts) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros((*prompts.tokens.shape, width), jnp.float32), jnp.zeros((), jnp.int32)
+
+    def add(seen: tuple[jax.Array, jax.Array], acts: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array]:
+        states, start = seen
+        states = jax.lax.dynamic_update_slice_in_dim(states, acts.astype(jnp.float32), start, axis=1)
+        return states, start + acts.shape[1]
+
+    return Observer(first, add, "hidden")
 
 
 def bucket_length(length: int) -> int:

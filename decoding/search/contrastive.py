@@ -24,7 +24,7 @@ from flax import struct
 
 from decoding.arguments import Setting
 from decoding.method import Call, Method, Policy, Steps
-from decoding.prefill import Observer, Prompts
+from decoding.prefill import Prompts, hidden_observer
 from decoding.sampling import top_tokens
 from decoding.search.constraints import constraints_of
 from decoding.state import DecodeState, emit
@@ -71,20 +71,6 @@ class ContrastiveCarry:
     chances: jax.Array
     alpha: jax.Array
     prompts: Prompts | None
-
-
-def hidden_observer(width: int) -> Observer:
-    """Returns what collects (f32[B, P, D], i32[] tokens so far) of prompts: the states behind the last block."""
-
-    def first(prompts: Prompts) -> tuple[jax.Array, jax.Array]:
-        return jnp.zeros((*prompts.tokens.shape, width), jnp.float32), jnp.zeros((), jnp.int32)
-
-    def add(seen: tuple[jax.Array, jax.Array], acts: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array]:
-        states, start = seen
-        states = jax.lax.dynamic_update_slice_in_dim(states, acts.astype(jnp.float32), start, axis=1)
-        return states, start + acts.shape[1]
-
-    return Observer(first, add, "hidden")
 
 
 def likeness(candidates: jax.Array, text: jax.Array, lengths: jax.Array) -> jax.Array:

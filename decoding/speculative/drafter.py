@@ -10,7 +10,7 @@ import jax
 from flax import struct
 
 from decoding.method import Call
-from decoding.prefill import Prompts
+from decoding.prefill import Observer, Prompts
 from decoding.speculative.target import Verified
 from decoding.speculative.tree import TokenTree
 from decoding.speculative.verify import Mode
@@ -82,6 +82,7 @@ class Drafter(NamedTuple):
         digest: (logits f32[B, X, V], hidden {i: [B, X, D]}) -> arrays [B, X, ...]: what `observe` is to know of the
             target's pass over the first X rows, accepted or not; by default nothing.
         collect: the residual streams that `digest` sees, by the index of the layer they enter (`Output.hidden`).
+        observer: what it wants to see of the prompts while the target reads them; `init` finds that in `Prompts.seen`.
     """
 
     width: int
@@ -95,3 +96,4 @@ class Drafter(NamedTuple):
     smaller: tuple[int, ...] = ()
     digest: Callable[[jax.Array, dict[int, jax.Array]], Any] = lambda logits, hidden: None
     collect: tuple[int, ...] = ()
+    observer: Observer | None = None

@@ -26,7 +26,7 @@ import numpy as np
 from flax import struct
 
 from decoding.method import Call, Method, Steps, WithDraft
-from decoding.prefill import Prompts
+from decoding.prefill import CHUNK, Prompts, hidden_observer
 from decoding.sampling import top_tokens
 from decoding.speculative.draft_head import HeadKind, HeadOptions, Reading, check_values, normed, scores
 from decoding.speculative.drafter import Drafter, Round, Seen
@@ -38,8 +38,6 @@ from models.cache import KVCache, commit, init_cache
 from models.decoder import Decoder
 from models.errors import InputError
 from models.kernels import PRECISION
-
-_PIECE = 256  # tokens of each prompt whose features are held at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,43 +150,32 @@ EAGLE_HEAD = HeadKind(EagleConfig, _streams, _init, _guesses)
 
 
 def read_prompts(layer: Layer, params: WithDraft, prompts: Prompts, slots: int) -> EagleState:
-    """Returns the state behind prompts: they are read once more, a piece of every prompt at a time, for their features.
+    """Returns the state behind prompts.
 
     Args:
         layer: the draft layer.
         params: the target's and the layer's.
-        prompts: what the text follows.
+        prompts: what the text follows, and what a `hidden_observer` has seen of it.
         slots: of the layer's cache.
     """
     batch, width = prompts.tokens.shape
-    piece, model = min(width, _PIECE), layer.model
-    dtype = params.target["embedding"]["embedding"].dtype
-    blocks = [block.attention for block in model.config.blocks]
-    own = init_cache(blocks[-1:], batch, max(slots, width), jnp.float32)
+    piece, model = min(width, CHUNK), layer.model
+    states = prompts.seen[0].astype(params.target["embedding"]["embedding"].dtype)
     following = jnp.pad(prompts.tokens, ((0, 0), (0, 1)))[:, 1:]
 
-    def read(index: jax.Array, carry: tuple[KVCache, KVCache, jax.Array]):
-        cache, own, last = carry
-        tokens, after = (
-            jax.lax.dynamic_slice_in_dim(x, index * piece, piece, axis=1) for x in (prompts.tokens, following)
-        )
-        positions = cache.length[:, None] + jnp.arange(piece)[None, :]
-
-        def forward(module: Decoder, tokens: jax.Array):
-            x, _, written, _ = module.layers(module.embed(tokens, positions), positions, cache)
-            return module.normed(x), written
-
-        f, cache = model.apply({"params": params.target}, tokens, method=forward)
-        out, own = layer.follow(params.target, params.draft, own, after, f)
+    def read(index: jax.Array, carry: tuple[KVCache, jax.Array]):
+        cache, last = carry
+        x, tokens = (jax.lax.dynamic_slice_in_dim(x, index * piece, piece, axis=1) for x in (states, following))
+        out, cache = layer.follow(params.target, params.draft, cache, tokens, normed(model, params.target, x))
         place = prompts.lengths - 2 - index * piece
         chosen = jnp.take_along_axis(out, jnp.clip(place, 0, piece - 1)[:, None, None], axis=1)[:, 0]
         last = jnp.where(((place >= 0) & (place < piece))[:, None], chosen, last)
-        whole = jnp.full((batch,), piece)
-        return commit(cache, None, whole), commit(own, None, whole), last
+        return commit(cache, None, jnp.full((batch,), piece)), last
 
-    start = init_cache(blocks, batch, width, dtype), own, jnp.zeros((batch, model.config.width), jnp.float32)
-    _, own, last = jax.lax.fori_loop(0, width // piece, read, start)
-    return EagleState(own.replace(length=prompts.lengths - 1), last)
+    own = init_cache([model.config.blocks[-1].attention], batch, max(slots, width), jnp.float32)
+    start = own, jnp.zeros((batch, model.config.width), jnp.float32)
+    cache, last = jax.lax.fori_loop(0, width // piece, read, start)
+    return EagleState(cache.replace(length=prompts.lengths - 1), last)
 
 
 def drafted(
@@ -247,6 +234,7 @@ def make_eagle(model: Decoder, options: EagleOptions, stop_tokens: tuple[int, ..
         observe,
         digest=lambda logits, hidden: hidden,
         collect=(model.config.num_layers,),
+        observer=hidden_observer(model.config.width),
     )
     return make_speculative(model, drafter, stop_tokens)
 

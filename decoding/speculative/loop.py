@@ -78,7 +78,16 @@ def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, .
         return state.replace(carry=state.carry.replace(draft=draft))
 
     rows = max(drafter.width, drafter.most)  # what is read behind the text, and what `commit` moves there
-    return Steps(init, step, policy, rows, drafter.most, drafter.cold, lambda carry: drafter.warm(carry.draft))
+    return Steps(
+        init,
+        step,
+        policy,
+        rows,
+        drafter.most,
+        drafter.cold,
+        warm=lambda carry: drafter.warm(carry.draft),
+        observer=drafter.observer,
+    )
 
 
 @struct.dataclass

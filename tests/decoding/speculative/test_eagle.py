@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding import WithDraft
+from decoding import WithDraft, prefill
 from decoding.decode import Plan, start
 from decoding.method import Call
-from decoding.prefill import pad_prompts
+from decoding.prefill import hidden_observer, observed_prefill, pad_prompts
 from decoding.sampling import Sampling
 from decoding.speculative import eagle
 from decoding.speculative.draft_head import Reading, normed
@@ -61,13 +61,20 @@ def test_guesses_see_nothing_that_is_not_known_yet(tiny):
     np.testing.assert_allclose(before, after, rtol=1e-5, atol=1e-5)
 
 
-def test_prompts_read_in_pieces_leave_the_same_cache(tiny, monkeypatch):
+def read(tiny, both, prompts, slots: int):
+    """`read_prompts` behind the prefill that it looks on."""
     model, params = tiny
-    both = WithDraft(params, values_of(tiny, 0.1))
+    seen = observed_prefill(model, params, prompts, slots, observer=hidden_observer(model.config.width))[1]
+    return read_prompts(Layer(model), both, prompts.replace(seen=seen), slots)
+
+
+def test_prompts_read_in_pieces_leave_the_same_cache(tiny, monkeypatch):
+    both = WithDraft(tiny[1], values_of(tiny, 0.1))
     prompts = pad_prompts([PROMPTS[2], PROMPTS[4], [5]], 61)
-    whole = read_prompts(Layer(model), both, prompts, 32)
-    monkeypatch.setattr(eagle, "_PIECE", 4)
-    pieces = read_prompts(Layer(model), both, prompts, 32)
+    whole = read(tiny, both, prompts, 32)
+    monkeypatch.setattr(eagle, "CHUNK", 4)
+    monkeypatch.setattr(prefill, "CHUNK", 8)
+    pieces = read(tiny, both, prompts, 32)
     assert whole.cache.length.tolist() == [15, 8, 0]
     np.testing.assert_allclose(whole.last, pieces.last, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(whole.cache.k[0][0, :, :15], pieces.cache.k[0][0, :, :15], rtol=1e-4, atol=1e-4)
@@ -90,7 +97,7 @@ def test_the_cache_is_one_of_true_features_after_every_step(tiny):
     written = zip(PROMPTS, state.tokens.tolist(), state.lengths.tolist(), strict=True)
     texts = [prompt + tokens[:length] for prompt, tokens, length in written]
     assert max(state.lengths.tolist()) < 24, "or a row is done, and what follows its last step means nothing"
-    anew = read_prompts(Layer(model), both, pad_prompts(texts, 61), 64)
+    anew = read(tiny, both, pad_prompts(texts, 61), 64)
     own = state.carry.draft
     assert own.cache.length.tolist() == anew.cache.length.tolist() == [len(text) - 1 for text in texts]
     for row, text in enumerate(texts):
