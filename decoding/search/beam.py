@@ -25,7 +25,7 @@ class BeamOptions:
     Attributes:
         width: beams of a row.
         num_return: texts that are returned per row.
-        early_stopping: when a row with `width` finished texts ends.
+        early_stopping: when a row (or a group of its beams) with as many finished texts as beams ends.
         return_scores: whether the log-probability of every token is returned too.
         no_repeat_ngram: see `decoding.search.constraints` for this and the next.
         starts: lists of token ids.

@@ -23,8 +23,8 @@ import numpy as np
 from decoding.arguments import Setting
 from decoding.method import Method, Steps
 from decoding.search import diversity
+from decoding.search.beam import BeamOptions
 from decoding.search.beams import LENGTH_PENALTY, check_search, search_steps
-from decoding.search.constraints import constraints_of
 from decoding.search.group import Search
 from models.decoder import Decoder
 from models.errors import InputError
@@ -38,34 +38,22 @@ SETTINGS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class DiverseBeamOptions:
-    """See `decoding.search.group.Search` for the others.
+class DiverseBeamOptions(BeamOptions):
+    """Those of `beam`; `width` counts the beams of all groups together.
 
     Attributes:
-        width: beams of a row, in all groups together.
         groups: groups of equal size; as many as beams is what the paper mostly uses.
         term: what makes texts alike: `hamming` one token at one place, `cumulative` many places (setting `gamma`: how
             many differences set texts apart), `ngram` the same n tokens anywhere, `embedding` tokens of one meaning.
         n: tokens of an n-gram.
-        num_return: texts that are returned per row.
-        early_stopping: when a group with as many finished texts as beams ends.
-        return_scores: whether the log-probability of every token is returned too.
-        no_repeat_ngram: see `decoding.search.constraints` for this and the next.
-        starts: lists of token ids.
     """
 
-    width: int = 4
     groups: int = 4
     term: Literal["hamming", "cumulative", "ngram", "embedding"] = "hamming"
     n: int = 2
-    num_return: int = 1
-    early_stopping: bool | Literal["never"] = False
-    return_scores: bool = False
-    no_repeat_ngram: int = 0
-    starts: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "starts", self.search().constraints.starts)
+        super().__post_init__()
         if self.term not in TERMS:
             raise InputError(f"term must be one of {', '.join(TERMS)}, got {self.term!r}")
         if self.n < 1:
@@ -73,8 +61,7 @@ class DiverseBeamOptions:
 
     def search(self) -> Search:
         """Returns them as those of a search; raises InputError where they cannot be."""
-        constraints = constraints_of(self)
-        return Search(self.width, self.groups, self.num_return, self.early_stopping, self.return_scores, constraints)
+        return dataclasses.replace(super().search(), groups=self.groups)
 
 
 def make_diverse_beam(model: Decoder, options: DiverseBeamOptions, stop_tokens: tuple[int, ...]) -> Steps:
