@@ -94,6 +94,8 @@ class Loader:
         elif METHODS[method].own_head:
             head_options, values = self._own_head(name, method, params, head)
             options, params = {**options, **head_options}, WithDraft(params, values)
+        if METHODS[method].own_head and options.get("latency") is not None:
+            options["latency"] = _with_drafting(model, method, options, params, context)
         stops = tokenizer.stop_ids
         decode_fn = make_decode_fn(model, method, max_new_tokens=max_new_tokens, stop_tokens=stops, **options)
         return decode_fn, params, tokenizer
@@ -133,6 +135,17 @@ def _curve(model: Any, params: Any, context: int) -> Any:
     from models.weights.fetch import cache_folder
 
     return latency_curve(model, params, cache_folder() / "latency", context=context)
+
+
+def _with_drafting(model: Any, method: str, options: dict[str, Any], params: Any, context: int) -> Any:
+    """Returns the curve among a draft head's options with what its guesses cost here."""
+    from decoding import make_decode_fn
+    from decoding.speculative.sizing import with_drafting
+
+    repeats = 9
+    room = (repeats + 2) * (options["head"].offsets + 1)
+    whole = make_decode_fn(model, method, max_new_tokens=room, **{**options, "latency": None})
+    return with_drafting(options["latency"], whole, params, context=context, repeats=repeats)
 
 
 def _with_head(target: str, name: str, draft: Any, params: Any, head: Path) -> Any:

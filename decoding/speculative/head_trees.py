@@ -68,15 +68,15 @@ def calibrated_tree(
     Args:
         accuracy: chances by offset and rank.
         nodes: guesses, at most.
-        latency: what passes cost here. With it only so many guesses are kept as give most tokens per second; none where
-            plain decoding does.
+        latency: what passes and drafting cost here. With it only so many guesses are kept as give most tokens per
+            second; none where plain decoding does.
     """
     found = calibrated(accuracy, nodes)
     gains = np.cumsum([1.0, *(chance for _, chance in found)])
     rows = len(found) + 1
     if latency is not None:
         sizes = np.unique(np.minimum(latency.sizes, rows))
-        speed = gains[sizes - 1] / np.interp(sizes, latency.sizes, latency.seconds)
+        speed = gains[sizes - 1] / latency.of_steps(sizes)
         rows = int(sizes[np.argmax(speed * np.where(sizes == 1, MARGIN, 1.0))])
     paths = sorted([(), *(path for path, _ in found[: rows - 1])], key=lambda path: (len(path), path))
     return Template(tuple(paths)), float(gains[rows - 1])

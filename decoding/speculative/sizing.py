@@ -29,6 +29,7 @@ from models.attention import TreeRows, tree_attend
 from models.cache import init_cache
 from models.decoder import Decoder
 from models.errors import InputError
+from models.weights.whole import whole_file
 
 _PRIOR = 4.0  # trials that the prior counts for
 MARGIN = 1.2  # how many times plain decoding's speed several rows must promise
@@ -40,12 +41,18 @@ _MEMORY = 0.99  # of what was expected and accepted, per step: a bad start is fo
 class LatencyCurve:
     """Seconds of a target pass over each number of rows; the first is one row, and there is a second.
 
+    Attributes:
+        sizes: numbers of rows.
+        seconds: of a pass, for each.
+        drafting: seconds that a trained head's guesses cost besides, in a step that has any (`with_drafting`).
+
     Raises:
         InputError: sizes that do not rise from 1, fewer than two, or seconds that are not positive, one per size.
     """
 
     sizes: tuple[int, ...]
     seconds: tuple[float, ...]
+    drafting: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", tuple(self.sizes))
@@ -54,6 +61,8 @@ class LatencyCurve:
             raise InputError(f"sizes must rise from 1, at least two of them; got {self.sizes}")
         if len(self.seconds) != len(self.sizes) or not all(s > 0 for s in self.seconds):
             raise InputError(f"seconds must be positive, one per size; got {self.seconds} for sizes {self.sizes}")
+        if not self.drafting >= 0:
+            raise InputError(f"drafting must be 0 or more seconds, got {self.drafting}")
 
     def upto(self, width: int) -> "LatencyCurve":
         """Returns the curve of the sizes up to `width`, from 2 up; where that lies inside, it ends with it."""
@@ -61,7 +70,11 @@ class LatencyCurve:
             return self
         below = [size for size in self.sizes if size < width]
         last = float(np.interp(width, self.sizes, self.seconds))
-        return LatencyCurve((*below, width), (*self.seconds[: len(below)], last))
+        return LatencyCurve((*below, width), (*self.seconds[: len(below)], last), self.drafting)
+
+    def of_steps(self, rows: np.ndarray) -> np.ndarray:
+        """Returns f64[N]: seconds of a head's steps over so many rows each; over one row it drafts nothing."""
+        return np.interp(rows, self.sizes, self.seconds) + np.where(rows > 1, self.drafting, 0.0)
 
     def of_batch(self, batch: int) -> np.ndarray:
         """Returns f32[sizes]: seconds for so many rows of each batch row, along the lines between what was measured."""
@@ -111,6 +124,28 @@ def measure(
     return LatencyCurve(tuple(sizes), tuple(min(seconds[size]) for size in sizes))
 
 
+def with_drafting(
+    curve: LatencyCurve, decode_fn: Any, params: Any, *, context: int = 256, repeats: int = 9
+) -> LatencyCurve:
+    """Returns the curve with what a trained head's steps take beyond the target's pass over their rows.
+
+    Args:
+        curve: of the target on this device.
+        decode_fn: decodes with the head and a tree of one size, without stop tokens; has room for `repeats` + 2 steps.
+        params: what it is called with.
+        context: tokens behind which steps are timed.
+        repeats: steps, of which the fastest counts; the two before them compile and read the prompt's last token.
+    """
+    state = decode_fn.start(params, *decode_fn.inputs([[0] * context]))
+    seconds = []
+    for _ in range(repeats + 2):
+        begin = time.perf_counter()
+        state = jax.block_until_ready(decode_fn.advance(params, state, 1))
+        seconds.append(time.perf_counter() - begin)
+    rows = decode_fn.plan.steps().rows
+    return dataclasses.replace(curve, drafting=max(0.0, min(seconds[2:]) - float(curve.of_batch(rows)[0])))
+
+
 def latency_curve(
     model: Decoder, params: Any, folder: Path, sizes: tuple[int, ...] = SIZES, *, context: int = 256
 ) -> LatencyCurve:
@@ -128,10 +163,8 @@ def latency_curve(
     except (OSError, ValueError, KeyError, TypeError):
         curve = measure(model, params, sizes, context=context)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(dataclasses.asdict(curve)), encoding="utf-8")
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(dataclasses.asdict(curve)), encoding="utf-8")
     except OSError:
         pass  # measured again next time
     return curve

@@ -9,7 +9,7 @@ from decoding import WithDraft, make_decode_fn
 from decoding.sampling import top_tokens
 from decoding.speculative.draft_head import Reading, check_values, normed, scores
 from decoding.speculative.medusa import MEDUSA_HEAD, MedusaConfig, MedusaHeads
-from decoding.speculative.sizing import LatencyCurve
+from decoding.speculative.sizing import LatencyCurve, with_drafting
 from models.errors import InputError
 from tests.support.decode_reference import PROMPTS, ROOM, greedy_texts, texts
 
@@ -81,14 +81,28 @@ def test_drafts_are_what_the_heads_guess(tiny):
     assert int(output.stats.drafted[0]) == 2 * (len(histogram) - 1)
 
 
-def test_a_tree_that_never_pays_is_plain_decoding(tiny):
+@pytest.mark.parametrize(
+    "curve", [LatencyCurve((1, 4, 16), (1.0, 9.0, 30.0)), LatencyCurve((1, 4, 16), (1.0, 1.0, 1.0), drafting=50.0)]
+)
+def test_a_tree_that_never_pays_is_plain_decoding(tiny, curve):
     model, params = tiny
     config, values = head_of(tiny)
-    curve = LatencyCurve((1, 4, 16), (1.0, 9.0, 30.0))
     fn = make_decode_fn(model, "medusa", max_new_tokens=6, head=config, latency=curve)
     output = fn(WithDraft(params, values), PROMPTS[:2])
     assert texts(output) == greedy_texts(model, params, PROMPTS[:2], 6)
     assert output.stats.steps.tolist() == [6, 6] and output.stats.drafted.tolist() == [0, 0]
+
+
+def test_drafting_is_what_steps_take_beyond_their_pass(tiny):
+    model, params = tiny
+    config, values = head_of(tiny)
+    fn = make_decode_fn(model, "medusa", max_new_tokens=16, head=config, nodes=3)
+    for seconds, drafts in ((1e-9, True), (100.0, False)):
+        curve = LatencyCurve((1, 4), (seconds, seconds))
+        found = with_drafting(curve, fn, WithDraft(params, values), context=8, repeats=2)
+        assert found.seconds == curve.seconds and 0 <= found.drafting < 10 and (found.drafting > 0) == drafts
+    with pytest.raises(InputError, match="drafting must be 0 or more"):
+        LatencyCurve((1, 4), (1.0, 1.0), drafting=-1.0)
 
 
 def test_errors(tiny):
