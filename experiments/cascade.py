@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.kept import cell_key, keep, partial, read_kept
+from experiments.kept import cell_key, keep, read_kept
 from finetune.cleaning.stage import Stage, Verdict
 from models.errors import InputError
-from models.weights.whole import whole_folder
+from models.weights.whole import whole_file, whole_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,13 +164,12 @@ def _apply(stage: Stage, decision: Any, shard: Shard, path: Path, column: str) -
     """Writes what is left of a shard; returns its counts as JSON values."""
     records = read_records(shard.path, column)
     verdicts = stage.apply(_texts(records, column), decision)
-    with partial(path).open("w", encoding="utf-8", newline="\n") as file:
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
         for record, verdict in zip(records, verdicts, strict=True):
             if verdict.text is not None:
                 file.write(json.dumps({**record, column: verdict.text}) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    partial(path).replace(path)
     return dataclasses.asdict(_count(stage.name, _texts(records, column), verdicts))
 
 

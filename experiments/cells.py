@@ -16,12 +16,13 @@ import numpy as np
 
 from experiments.corpus import learnt_table
 from experiments.generated import is_correct
-from experiments.kept import keep, partial, read_kept
+from experiments.kept import keep, read_kept
 from experiments.loading import Loader
 from experiments.questions import Question
 from experiments.runtime import machine
 from experiments.timed import SharedPrompts, TimedDecode
 from models.errors import InputError
+from models.weights.whole import whole_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,9 +218,8 @@ def save_cell(path: Path, cell: Cell, warm: Any) -> None:
     if warm is not None:
         import jax
 
-        with partial(path.with_suffix(".npz")).open("wb") as file:
+        with whole_file(path.with_suffix(".npz")) as partial, partial.open("wb") as file:
             np.savez(file, *map(np.asarray, jax.tree.leaves(warm)))
-        partial(path.with_suffix(".npz")).replace(path.with_suffix(".npz"))
     keep(path, **dataclasses.asdict(cell))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from experiments.cascade import Counts, counts_page, find_shards, read_records, run_cascade
 from experiments.config import load_config, save_config
-from experiments.kept import locked, partial
+from experiments.kept import locked
 from experiments.runtime import run_main
 from finetune.cleaning.near_copies import NearCopiesConfig, near_copies_stage
 from finetune.cleaning.quality import QualityConfig, quality_stage
@@ -19,6 +19,7 @@ from finetune.cleaning.repeats import RepeatsConfig, repeats_stage
 from finetune.cleaning.rules import RulesConfig, rules_stage
 from finetune.cleaning.stage import Stage
 from models.errors import InputError
+from models.weights.whole import whole_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +71,8 @@ def clean(config: CleanConfig) -> list[Counts]:
             "counts.json": json.dumps([dataclasses.asdict(one) for one in counts], indent=1) + "\n",
         }
         for name, page in pages.items():
-            path = config.out / name
-            partial(path).write_text(page, encoding="utf-8")
-            partial(path).replace(path)
+            with whole_file(config.out / name) as partial:
+                partial.write_text(page, encoding="utf-8")
     return counts
 
 

@@ -21,6 +21,7 @@ from experiments.command_line import Flag, parse_flags, split_flags, take_config
 from experiments.schema import build, by_type, dataclasses_in, is_free_form, item_type, parts
 from experiments.yaml_io import dump_yaml, parse_value, read_yaml
 from models.errors import InputError
+from models.weights.whole import whole_file
 
 T = TypeVar("T")
 _COMMAND_LINE = "command line"
@@ -96,16 +97,11 @@ def save_config(config: Any, path: str | os.PathLike) -> None:
         InputError: the file cannot be written.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(dump_config(config), encoding="utf-8")
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            partial.write_text(dump_config(config), encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write the config to {path}: {error.strerror}.") from None
-    finally:
-        if partial.is_file():
-            partial.unlink()
 
 
 def _plain(value: Any) -> Any:

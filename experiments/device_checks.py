@@ -19,6 +19,7 @@ from typing import Any
 
 from experiments.config import load_config
 from experiments.runtime import machine, run_main, setup_runtime
+from models.weights.whole import whole_file
 
 PARITY = {"float32": 1e-5, "bfloat16": 1e-2}  # greatest difference to the reference, of results around 1
 LEAST_BYTES = 1 << 28  # of all operands that a timed call goes through
@@ -59,9 +60,8 @@ class Report:
     def write(self) -> None:
         """Writes checks.json and table.md, each whole or not at all."""
         for name, text in {"checks.json": json.dumps(self.found, indent=1), "table.md": self.markdown()}.items():
-            partial = self.folder / f"{name}.partial"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(self.folder / name)
+            with whole_file(self.folder / name) as partial:
+                partial.write_text(text, encoding="utf-8")
 
     def markdown(self) -> str:
         """Returns the page."""

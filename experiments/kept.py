@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import InputError
+from models.weights.whole import whole_file
 
 
 def cell_key(*parts: Any) -> str:
@@ -26,14 +27,8 @@ def read_kept(path: Path, key: str) -> dict[str, Any] | None:
 
 def keep(path: Path, key: str, **values: Any) -> None:
     """Keeps a JSON object under a key; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial(path).write_text(json.dumps({"key": key, **values}), encoding="utf-8")
-    partial(path).replace(path)
-
-
-def partial(path: Path) -> Path:
-    """Returns where a file is written before it takes its place."""
-    return path.with_name(path.name + ".partial")
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps({"key": key, **values}), encoding="utf-8")
 
 
 @contextmanager

@@ -5,13 +5,13 @@ drops the lines of later steps, which it will write again.
 """
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from models.errors import InputError
+from models.weights.whole import whole_file
 
 
 class RunLog:
@@ -101,6 +101,5 @@ def _keep_until(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):
             continue
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

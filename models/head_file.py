@@ -1,6 +1,5 @@
 """Files of small trained heads: safetensors with facts about them, whole or not there at all."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.flax import save_file
 
 from models.errors import InputError
+from models.weights.whole import whole_file
 
 
 def write_head(path: Path, kind: str, values: Mapping[str, Any], facts: Mapping[str, str]) -> None:
@@ -24,17 +24,12 @@ def write_head(path: Path, kind: str, values: Mapping[str, Any], facts: Mapping[
     Raises:
         InputError: the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    tensors = {".".join(name): leaf for name, leaf in flatten_dict(values).items()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {".".join(name): leaf for name, leaf in flatten_dict(values).items()}
-        save_file(tensors, partial, {**facts, "kind": kind})
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            save_file(tensors, partial, {**facts, "kind": kind})
     except OSError as error:
         raise InputError(f"cannot write the head to {path}: {error}") from error
-    finally:
-        if partial.is_file():
-            partial.unlink()
 
 
 def read_head(path: Path, kind: str, main: str, flags: str) -> tuple[dict[str, Any], dict[str, str]]:

@@ -7,7 +7,6 @@ Ids are those of the Hugging Face tokenizer that was published with the model.
 
 import functools
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import tokenizers
 from models.errors import InputError
 from models.weights.chat import render_chat
 from models.weights.gguf_vocabulary import GgufVocabulary
+from models.weights.whole import whole_file
 
 # Added tokens that end a turn or a text, in whatever model has them.
 TURN_ENDS = frozenset(
@@ -128,13 +128,16 @@ class Tokenizer:
             config[name] = None if i is None else self.backend.id_to_token(i)
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        folder = Path(folder)
+        files = {
+            "tokenizer.json": self.backend.to_str(pretty=True),
+            "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
+        }
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            for name, text in files.items():
+                with whole_file(Path(folder) / name) as partial:
+                    partial.write_text(text, encoding="utf-8")
         except OSError as error:
             raise InputError(f"cannot save a tokenizer in {str(folder)!r}: {error}; name a folder.") from error
-        _write(folder / "tokenizer.json", self.backend.to_str(pretty=True))
-        _write(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2))
 
     @classmethod
     def from_gguf(cls, fields: Mapping[str, Any]) -> "Tokenizer":
@@ -249,13 +252,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{str(path)!r} holds a JSON {type(value).__name__}, not an object; download it again.")
     return value
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all."""
+"""Files and folders that appear complete or not at all."""
 
 import contextlib
 import os
@@ -8,6 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from models.errors import InputError
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a private path beside a file, to write to, which takes the file's place when the block ends without an
+    error. Its folder is made; an OSError is the caller's to explain.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    private = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield private
+        os.replace(private, path)
+    finally:
+        private.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

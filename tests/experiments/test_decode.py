@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments import decode
-from experiments.runtime import run_main
+from tests.support.mains import call_main
 from tests.support.tiny_folder import write_encoder_decoder_folder, write_tiny_folder
 
 ROOT = Path(__file__).parents[2]
@@ -24,14 +24,7 @@ def run(monkeypatch, capsys, tmp_path, folder):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
 
     def run(*flags: str, model: str | None = str(folder)) -> tuple[int, str, str]:
-        argv = ["decode", *(["--model", model] if model else []), *flags]
-        monkeypatch.setattr(sys, "argv", argv)
-        code = 0
-        try:
-            run_main(decode.main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        return call_main(monkeypatch, capsys, decode.main, *(["--model", model] if model else []), *flags)
 
     return run
 

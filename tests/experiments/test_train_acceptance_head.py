@@ -2,16 +2,15 @@
 
 import json
 import re
-import sys
 
 import pytest
 import safetensors
 
 from experiments import decode, reproduce, train_acceptance_head
 from experiments.questions import Question
-from experiments.runtime import run_main
 from experiments.train_acceptance_head import split
 from models.errors import InputError
+from tests.support.mains import call_main
 from tests.support.tiny_folder import write_tiny_folder
 
 TRAIN = "{max_new_tokens: 6, batch_size: 1, epochs: 2, places: 4}"
@@ -45,13 +44,7 @@ def run(monkeypatch, capsys, folder):
 
     def run(main, *flags: str, draft: str = "draft") -> tuple[int, str, str]:
         models = ["--model", str(folder / "model"), "--draft", str(folder / draft)]
-        monkeypatch.setattr(sys, "argv", ["main", *flags, *models])
-        code = 0
-        try:
-            run_main(main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        return call_main(monkeypatch, capsys, main, *flags, *models)
 
     return run
 

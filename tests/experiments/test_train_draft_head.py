@@ -1,15 +1,14 @@
 """From texts that a tiny model writes to a head that drafts for it, through the mains."""
 
 import json
-import sys
 
 import pytest
 
 from experiments import decode, generate, reproduce, train_draft_head
 from experiments.chat_prompts import chat_prompts
-from experiments.runtime import run_main
 from finetune.saved_heads import load_draft_head
 from finetune.self_texts import SPLITS
+from tests.support.mains import call_main
 from tests.support.tiny_folder import write_tiny_folder
 
 GENERATE = "{train: 6, calibration: 2, test: 2, max_new_tokens: 12, batch_size: 4, temperature: 1.0}"
@@ -46,13 +45,7 @@ def run(monkeypatch, capsys, folder):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "xla"))
 
     def run(main, *flags, model="model") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["main", *map(str, flags), "--model", str(folder / model)])
-        code = 0
-        try:
-            run_main(main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        return call_main(monkeypatch, capsys, main, *flags, "--model", folder / model)
 
     return run
 

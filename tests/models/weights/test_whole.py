@@ -1,7 +1,7 @@
 import pytest
 
 from models.errors import InputError
-from models.weights.whole import whole_folder
+from models.weights.whole import whole_file, whole_folder
 
 
 def test_a_folder_appears_when_the_block_ends_well(tmp_path):
@@ -10,6 +10,19 @@ def test_a_folder_appears_when_the_block_ends_well(tmp_path):
         assert not (tmp_path / "deep" / "m").exists()
     assert (tmp_path / "deep" / "m" / "a").read_text() == "1"
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["m"]
+
+
+def test_a_file_appears_when_the_block_ends_well_and_the_old_one_stays_where_it_does_not(tmp_path):
+    path = tmp_path / "deep" / "f"
+    for text in ("1", "2"):
+        with whole_file(path) as partial:
+            partial.write_text(text)
+            assert path.exists() == (text == "2")
+        assert path.read_text() == text
+    with pytest.raises(OSError, match="disk full"), whole_file(path) as partial:
+        partial.write_text("half")
+        raise OSError(28, "disk full")
+    assert path.read_text() == "2" and [child.name for child in path.parent.iterdir()] == ["f"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "disk full"), RuntimeError("a bug")])
