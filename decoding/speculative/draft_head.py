@@ -11,7 +11,7 @@ Axis letters: B batch, T tokens of a row, D model width, K offsets, R ranks, W t
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,10 @@ from decoding.speculative.head_trees import Accuracy, calibrated_tree, check_acc
 from decoding.speculative.loop import make_speculative
 from decoding.speculative.sizing import LatencyCurve, check_latency
 from decoding.speculative.tree import Template, TokenTree
+from decoding.speculative.typical import typical
+from decoding.speculative.verify import Mode
 from models.decoder import Decoder
-from models.errors import InputError
+from models.errors import InputError, unknown_name
 
 
 class Reading(NamedTuple):
@@ -72,6 +74,9 @@ class HeadOptions:
         offsets: depth of the tree at most; None: as many as the head has.
         accuracy: how often the head is right, by offset and rank (`decoding.speculative.head_trees`); None: a guess.
         latency: what passes cost here (`decoding.speculative.sizing`): only guesses that pay are kept.
+        acceptance: `typical` keeps what the target finds likely enough (`decoding.speculative.typical`): then the
+            method is lossy.
+        epsilon: the most that typical acceptance asks of a probability.
     """
 
     head: Any = None
@@ -79,9 +84,15 @@ class HeadOptions:
     offsets: int | None = None
     accuracy: Accuracy | None = None
     latency: LatencyCurve | None = None
+    acceptance: Literal["exact", "typical"] = "exact"
+    epsilon: float = 0.09
 
     def __post_init__(self) -> None:
         check_latency(self.latency)
+        if self.acceptance not in ("exact", "typical"):
+            raise unknown_name("acceptance", self.acceptance, ("exact", "typical"))
+        if not 0 < self.epsilon < 1:
+            raise InputError(f"epsilon is a probability between 0 and 1, got {self.epsilon}: the paper's is 0.09")
         known = next(field.default for field in dataclasses.fields(self) if field.name == "head")
         if not isinstance(self.head, type(known)):
             raise InputError(f"head must be a {type(known).__name__}, the settings of a head; got {self.head!r:.80}")
@@ -102,6 +113,16 @@ class HeadOptions:
     def depth(self) -> int:
         """Offsets that are drafted."""
         return self.head.offsets if self.offsets is None else self.offsets
+
+    @property
+    def lossy(self) -> bool:
+        """Whether texts are neither greedy ones nor of the target's law."""
+        return self.acceptance == "typical"
+
+    @property
+    def mode(self) -> Mode:
+        """How trees are verified."""
+        return typical(self.epsilon) if self.lossy else "node"
 
     def tree(self, vocab: int) -> Template:
         """Returns the static tree, for a model of so many tokens."""
@@ -203,7 +224,7 @@ def make_parallel(
     drafter = Drafter(
         template.width,
         template.max_depth + 1,
-        "node",
+        options.mode,
         init,
         propose if template.max_depth else plain,
         observe,

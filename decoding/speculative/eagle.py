@@ -228,7 +228,7 @@ def make_eagle(model: Decoder, options: EagleOptions, stop_tokens: tuple[int, ..
     drafter = Drafter(
         template.width,
         most,
-        "node",
+        options.mode,
         init,
         propose,
         observe,
