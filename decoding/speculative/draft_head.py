@@ -124,7 +124,7 @@ class HeadOptions:
         """How trees are verified."""
         return typical(self.epsilon) if self.lossy else "node"
 
-    def tree(self, vocab: int) -> Template:
+    def template(self, vocab: int) -> Template:
         """Returns the static tree, for a model of so many tokens."""
         accuracy = usual_accuracy(self.depth) if self.accuracy is None else self.accuracy[: self.depth]
         return calibrated_tree([row[:vocab] for row in accuracy], self.nodes, self.latency)[0]
@@ -198,7 +198,7 @@ def make_parallel(
         stop_tokens: ids that end a row.
         guess: (params, {i: [B, D]}, round, depth) -> [B, depth, D], the first offsets of what `HeadKind.guesses` has.
     """
-    template = options.tree(model.config.vocab_size)
+    template = options.template(model.config.vocab_size)
     streams = kind.streams(options.head, model)
     ranks = int(template.rank.max()) + 1
 

@@ -79,7 +79,7 @@ def test_errors():
         MedusaOptions(offsets=4)
     with pytest.raises(InputError, match="accuracy covers 2 offsets, but the tree may be 3 deep"):
         MedusaOptions(accuracy=ACCURACY[:2])
-    assert MedusaOptions(accuracy=ACCURACY[:2], offsets=2).tree(61).max_depth == 2
+    assert MedusaOptions(accuracy=ACCURACY[:2], offsets=2).template(61).max_depth == 2
     with pytest.raises(InputError, match="nodes must be at least 1"):
         MedusaOptions(nodes=0)
     with pytest.raises(InputError, match="head must be a MedusaConfig"):
