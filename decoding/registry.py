@@ -12,6 +12,7 @@ from decoding.sparse.lserve import LSERVE
 from decoding.sparse.streaming import STREAMING
 from decoding.sparse.tidal import TIDAL
 from decoding.speculative.aded import ADED
+from decoding.speculative.clover import CLOVER
 from decoding.speculative.dyspec import DYSPEC
 from decoding.speculative.eagle import EAGLE
 from decoding.speculative.hidden_transfer import HIDDEN_TRANSFER
@@ -28,6 +29,7 @@ METHODS: dict[str, Method] = {
     "sample": SAMPLE,
     "aded": ADED,
     "beam": BEAM,
+    "clover": CLOVER,
     "constrained": CONSTRAINED,
     "contrastive": CONTRASTIVE,
     "core_infer": CORE_INFER,

@@ -53,7 +53,7 @@ class Growth:
     Attributes:
         nodes: guesses of the tree at most.
         depth: levels.
-        beam: rows of a level that get children, and children of each.
+        beam: rows of a level that get children, and children of each; more than `nodes` would change nothing.
         keep: log-probabilities f32[B, T, C] of children, the likeliest first -> bool, which may enter the tree; it must
             hold for some first ones of them. None: all.
     """
@@ -63,16 +63,20 @@ class Growth:
     beam: int
     keep: Callable[[jax.Array], jax.Array] | None = None
 
+    def children(self, vocab: int) -> int:
+        """Returns C."""
+        return min(self.beam, self.nodes, vocab)
+
     def sizes(self, vocab: int) -> list[int]:
         """Returns how many rows of each level get children, row 0 the first level."""
         sizes = [1]
         for _ in range(self.depth - 1):
-            sizes.append(min(self.beam, sizes[-1] * min(self.beam, vocab)))
+            sizes.append(min(self.beam, self.nodes, sizes[-1] * self.children(vocab)))
         return sizes
 
     def width(self, vocab: int) -> int:
         """Returns W."""
-        return 1 + min(self.nodes, sum(self.sizes(vocab)) * min(self.beam, vocab))
+        return 1 + min(self.nodes, sum(self.sizes(vocab)) * self.children(vocab))
 
 
 def best_rows(tree: TokenTree, value: jax.Array, width: int) -> tuple[TokenTree, jax.Array]:
@@ -137,7 +141,7 @@ def dynamic_tree(growth: Growth, last: jax.Array, guess: Guess, carry: Any) -> t
     value, rows, read, steps = jnp.zeros((batch, 1), jnp.float32), zero, zero[:, :0], []
     logits, carry = guess(None, carry)
     vocab = logits.shape[-1]
-    sizes, children = growth.sizes(vocab), min(growth.beam, vocab)
+    sizes, children = growth.sizes(vocab), growth.children(vocab)
     for depth in range(1, growth.depth + 1):
         tokens, log_chance = likeliest_children(logits, children)
         if growth.keep is not None:

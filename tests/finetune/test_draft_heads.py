@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from decoding import WithDraft, make_decode_fn
+from decoding.speculative.clover import CloverConfig
 from decoding.speculative.draft_head import Reading
 from decoding.speculative.eagle import EagleConfig
 from decoding.speculative.head_kinds import kind_of
@@ -175,9 +176,16 @@ def test_updates_learn_and_leave_the_target_alone(tiny, rows, batch):
 
 
 @pytest.mark.parametrize(
-    "config", [EagleConfig(offsets=3), HiddenTransferConfig(layers=(1,))], ids=lambda config: config.type
+    ("config", "options"),
+    [
+        (EagleConfig(offsets=3), {}),
+        (CloverConfig(), {"tree": "static"}),
+        (CloverConfig(version=2), {"tree": "static"}),
+        (HiddenTransferConfig(layers=(1,)), {}),
+    ],
+    ids=["eagle", "clover", "clover_2", "hidden_transfer"],
 )
-def test_decoding_accepts_what_training_simulates(tiny, rows, folder, config):
+def test_decoding_accepts_what_training_simulates(tiny, rows, folder, config, options):
     """The head's guesses in training are those in decoding: one step is as long as the other, in every text."""
     model, params = tiny
     kind = kind_of(config)
@@ -187,8 +195,8 @@ def test_decoding_accepts_what_training_simulates(tiny, rows, folder, config):
     ranks = all_ranks(make_ranks(trainer), params, values, rows, hidden, chosen, 64)
     accuracy = accuracy_of(ranks)
     simulated = accept_length(calibrated_tree(accuracy, 12)[0], ranks, rows, chosen)
-    fn = make_decode_fn(model, config.type, max_new_tokens=ROOM, head=config, accuracy=accuracy, nodes=12)
-    plain = config.type != "eagle"  # whether the first step is a plain one, for want of streams
+    fn = make_decode_fn(model, config.type, max_new_tokens=ROOM, head=config, accuracy=accuracy, nodes=12, **options)
+    plain = config.type == "hidden_transfer"  # whether the first step is a plain one, for want of streams
     prompts = [rows.tokens[rows.starts[r] : rows.starts[r + 1] - ROOM + (not plain)].tolist() for r in chosen]
     stats = jax.tree.map(np.asarray, fn(WithDraft(params, values), prompts, max_new_tokens=ROOM - (not plain)).stats)
     assert stats.accepted.sum() > 10
