@@ -251,18 +251,21 @@ def test_simulated_accept_lengths_are_those_of_decoding(tiny, rows, hidden):
         accuracy_of(np.where(np.arange(2)[None, :] == 1, -1, ranks))
 
 
-def test_files_of_heads(tiny, tmp_path):
+@pytest.mark.parametrize("config", [CONFIG, PPDConfig(offsets=2, copies=3)], ids=lambda config: config.type)
+def test_files_of_heads(tiny, tmp_path, config):
     base, path = base_of("tiny", tiny[1]), tmp_path / "run" / "head.safetensors"
     accuracy = ((0.5,) * 10, (0.25,) * 10)
-    values = random_values(tiny)
-    save_draft_head(path, SavedHead(CONFIG, values, accuracy, {"mat_16": 1.5}, base))
-    found = load_draft_head(path, base, "medusa")
-    assert (found.config, found.accuracy, found.figures, found.base) == (CONFIG, accuracy, {"mat_16": 1.5}, base)
+    values = kind_of(config).init(config, *tiny, jax.random.key(2))
+    save_draft_head(path, SavedHead(config, values, accuracy, {"mat_16": 1.5}, base))
+    found = load_draft_head(path, base, config.type)
+    assert (found.config, found.accuracy, found.figures, found.base) == (config, accuracy, {"mat_16": 1.5}, base)
     jax.tree.map(np.testing.assert_array_equal, found.values, values)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     with pytest.raises(InputError, match="belongs to 'tiny' .*, not to 'other'"):
         load_draft_head(path, Base("other", "0" * 64))
-    with pytest.raises(InputError, match="holds a head of 'medusa', not of 'eagle': use --method medusa"):
+    with pytest.raises(
+        InputError, match=f"holds a head of '{config.type}', not of 'eagle': use --method {config.type}"
+    ):
         load_draft_head(path, base, "eagle")
     with pytest.raises(InputError, match="no such head: .*; train one with python -m experiments.train_draft_head"):
         load_draft_head(tmp_path / "none", base)
