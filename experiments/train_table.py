@@ -23,6 +23,7 @@ from finetune.objective_configs import CrossEntropyConfig, ObjectiveConfig
 from finetune.trainer import NotFinite
 from models.errors import InputError
 from models.growth import GrowthConfig
+from models.router_losses import LOSSES
 
 Figures = dict[str, float]
 BASE = "base"  # the row of the model before it is trained further
@@ -264,8 +265,10 @@ def run_cell(folder: Path, row: TrainRow, rate: float, seed: int, shared: TrainC
 
 
 def _with_held_out(figures: Figures) -> Figures:
-    """Returns the figures with the held-out cross-entropy, which is the loss itself where no other is minimised."""
-    return {HELD_OUT: figures["eval/loss"], **figures} if HELD_OUT not in figures else figures
+    """Returns the figures with the held-out cross-entropy: the loss, but for routers', where no other is minimised."""
+    if HELD_OUT in figures:
+        return figures
+    return {HELD_OUT: figures["eval/loss"] - sum(figures.get(f"eval/{name}", 0.0) for name in LOSSES), **figures}
 
 
 def _other_settings(run: TrainConfig) -> bool:
