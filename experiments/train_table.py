@@ -250,7 +250,7 @@ def run_cell(folder: Path, row: TrainRow, rate: float, seed: int, shared: TrainC
     path, key = run.run_dir / "figures.json", cell_key(dump_config(run))
     kept = read_kept(path, key)
     if kept is not None:
-        return _with_held_out(kept["figures"]), True
+        return with_held_out(kept["figures"]), True
     if run.run_dir.is_dir() and (path.is_file() or _other_settings(run)):
         shutil.rmtree(run.run_dir)
     try:
@@ -261,10 +261,10 @@ def run_cell(folder: Path, row: TrainRow, rate: float, seed: int, shared: TrainC
     figures["learning_rate"] = rate
     keep(path, key, figures=figures)
     shutil.rmtree(run.run_dir / "checkpoints", ignore_errors=True)
-    return _with_held_out(figures), False
+    return with_held_out(figures), False
 
 
-def _with_held_out(figures: Figures) -> Figures:
+def with_held_out(figures: Figures) -> Figures:
     """Returns the figures with the held-out cross-entropy: the loss, but for routers', where no other is minimised."""
     if HELD_OUT in figures:
         return figures

@@ -197,7 +197,8 @@ def detection(
 
     A feature is explained by the property with the best F1 for its firings on `train`. On `test` it is asked of tokens
     where the feature fires, as many from each tenth of its strengths, and as many where it does not. Features that fire
-    nowhere on `train`, or of which there are too few tokens of either kind, are not asked.
+    nowhere on `train`, or of which there are too few tokens of either kind, are not asked; if none is, the accuracy is
+    that of chance.
 
     Args:
         train: features f32[N, M] and properties bool[N, P].
@@ -205,9 +206,6 @@ def detection(
         seed: of the features and tokens that are drawn.
         features: at most.
         per_decile: tokens of each tenth.
-
-    Raises:
-        InputError: no feature can be asked.
     """
     rng = np.random.default_rng(seed)
     both, fired, held = _counts((train[0] > 0).astype(np.float32), train[1])
@@ -215,7 +213,7 @@ def detection(
     firing, wanted = (test[0] > 0).sum(axis=0), 10 * per_decile
     able = np.flatnonzero((fired > 0) & (firing >= wanted) & (len(test[0]) - firing >= wanted))
     if not len(able):
-        raise InputError(f"no feature fires at {wanted} tokens and rests at as many: measure more texts")
+        return Detection(0.5, 0.0, 0)
     shares = []
     for feature in rng.permutation(able)[:features]:
         strengths, holds = test[0][:, feature], test[1][:, explanation[feature]]

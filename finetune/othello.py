@@ -109,11 +109,15 @@ def games(size: int, seed: int, test: bool) -> list[str]:
         seed: other seeds give other games.
         test: whether they are for testing.
     """
-    made: list[list[str]] = []
-    while len(made) < size:
-        name = random.Random(f"othello {seed} {len(made)} {test}").getrandbits(64)
-        made += _random_games(_BLOCK, np.random.default_rng(name))
-    return [" ".join(words) for words in made[:size]]
+    blocks = [_block(number, seed, test) for number in range(-(-size // _BLOCK))]
+    return [text for block in blocks for text in block][:size]
+
+
+@functools.lru_cache(maxsize=512)
+def _block(number: int, seed: int, test: bool) -> tuple[str, ...]:
+    """Returns games that are drawn together; kept, as many runs of a table read the same."""
+    name = random.Random(f"othello {seed} {number} {test}").getrandbits(64)
+    return tuple(" ".join(words) for words in _random_games(_BLOCK, np.random.default_rng(name)))
 
 
 def replay(words: Sequence[str]) -> Boards:
