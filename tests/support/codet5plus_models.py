@@ -1,4 +1,4 @@
-"""Tiny models of CodeT5+'s shapes, with weights that follow from names: folders, and a small encoder joined to GPT-2."""
+"""Tiny models of CodeT5+'s shapes, with weights that follow from names: folders, and a joined model."""
 
 from pathlib import Path
 from typing import Any
