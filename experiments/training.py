@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from experiments.config import dump_config, save_config
+from experiments.joining import encoder_tuning, joined
 from experiments.kept import locked
 from experiments.train_config import TrainConfig
 from experiments.train_report import CompiledStep, Evaluator, Figures, Reporter
@@ -33,7 +34,7 @@ from finetune.data import TrainingData, read_data
 from finetune.distributed import check_rows, global_batch, is_main, on_main, row_share
 from finetune.emo import EmoConfig, cosine_spread
 from finetune.objective_configs import DistillationConfig, make_objective
-from finetune.objectives import Objective
+from finetune.objectives import BatchObjective, Objective
 from finetune.optimizers import learning_rate, make_optimizer
 from finetune.packing import Batches
 from finetune.rows import Rows
@@ -72,19 +73,20 @@ class Run(NamedTuple):
     batches: Batches
     held_out: tuple[Batch, ...]
     method: Method
-    objective: Objective
+    objective: Objective | BatchObjective
     constants: Constants
     state: TrainState
     step: Callable
 
 
 def scratch_tokenizer(name: str) -> Tokenizer:
-    """Returns the tokenizer of a new model: `bytes`, `stories`, or the one of a model (a name or a path)."""
+    """Returns the tokenizer of a new model: `bytes`, `code`, `stories`, or the one of a model (a name or a path)."""
+    from finetune.code_tokenizer import code_tokenizer
     from finetune.stories import story_tokenizer
     from models.weights.byte_tokenizer import byte_tokenizer
     from models.weights.load import load_model
 
-    own = {"bytes": byte_tokenizer, "stories": story_tokenizer}
+    own = {"bytes": byte_tokenizer, "code": code_tokenizer, "stories": story_tokenizer}
     return own[name]() if name in own else load_model(name).tokenizer
 
 
@@ -102,6 +104,8 @@ def load_base(config: TrainConfig, mesh: Mesh) -> Base:
         name = Path(config.model).name
         if config.growth is not None:
             model, params = grow(model, params, config.growth)
+        if config.join is not None:
+            model, params = joined(config, model, params, tokenizer)
     else:
         shape = config.scratch
         tokenizer = scratch_tokenizer(shape.tokenizer)
@@ -125,11 +129,14 @@ def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
     held_out = _batches(part, data.test, mesh) if len(data.test) and test else ()
     held_out = tuple(global_batch(held_out(step), mesh) for step in range(min(len(held_out), test)))
     objective = _objective(config, base, mesh)
+    if isinstance(objective, BatchObjective):  # it has no loss of a row by itself
+        held_out = ()
     notes = (*data.notes, *_about_costs(config, objective))
     method, frozen, trainable, rebased = _method(config, base, mesh, objective, batches, checkpoints)
     optimizer = make_optimizer(config.optimizer, config.steps, method)
     with jax.numpy_dtype_promotion("standard"):
-        state = build(lambda trainable: states.new_state(trainable, optimizer), trainable, mesh=mesh)
+        own = _own_state(objective, method, (rebased(frozen), frozen, trainable), mesh)
+        state = build(lambda trainable, own: states.new_state(trainable, optimizer, own), trainable, own, mesh=mesh)
     if checkpoints is not None and checkpoints.latest() is not None:
         notes += _check_same(config, batches, checkpoints.facts())
         state, frozen, _ = checkpoints.restore(state, frozen)
@@ -152,6 +159,13 @@ def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
         state,
         CompiledStep(step),
     )
+
+
+def _own_state(objective: Objective | BatchObjective, method: Method, parts: tuple[Any, Any, Any], mesh: Mesh) -> Any:
+    """Returns what an objective carries from update to update, before the first; `parts` make the parameters."""
+    if not isinstance(objective, BatchObjective):
+        return {}
+    return build(lambda *parts: objective.start(method.attach(*parts)), *parts, mesh=mesh)
 
 
 def _batches(config: TrainConfig, rows: Rows, mesh: Mesh) -> Batches:
@@ -181,7 +195,8 @@ def _objective(config: TrainConfig, base: Base, mesh: Mesh) -> Objective:
                 "with the same tokenizer"
             )
         decoder_only(teacher[0], "distillation")
-    return make_objective(config.objective, base.model, base.params, base.tokenizer.vocab_size, teacher)
+    lengths = (config.source_length or config.length, config.length)
+    return make_objective(config.objective, base.model, base.params, base.tokenizer.vocab_size, teacher, base.tokenizer, lengths)
 
 
 def _about_costs(config: TrainConfig, objective: Objective) -> tuple[str, ...]:
@@ -196,6 +211,8 @@ def _method(
     config: TrainConfig, base: Base, mesh: Any, objective: Objective, batches: Batches, checkpoints: Checkpoints | None
 ) -> tuple[Method, Values, Any, Callable[[Values], Any]]:
     """Returns (method, frozen, trainable, function from frozen values to the parameters that stay)."""
+    if config.join is not None:
+        return encoder_tuning(base.params, mesh)
     if config.adapter is None:
         dtypes = jax.tree.map(lambda value: value.dtype, base.params)
         trainable = jax.tree.map(lambda value: jnp.array(value, jnp.float32), base.params)
@@ -204,6 +221,8 @@ def _method(
     kernels = select(base.params, config.adapter.targets)
     gradients = None
     if adapter.needs_gradients:
+        if isinstance(objective, BatchObjective):
+            raise InputError(f"{config.adapter.type} starts from gradients of tokens' losses: take another adapter")
         resumed = checkpoints is not None and checkpoints.latest() is not None
         # What a run goes on with is in its checkpoint; until that is read, anything of the right shape will do.
         gradients = kernels if resumed else _gradients(base, mesh, objective, kernels, batches, config)
@@ -219,7 +238,7 @@ def _gradients(base: Base, mesh: Any, objective: Objective, kernels: Any, batche
 
 # What decides where a run comes out; the rest of a config, and the learning rate, may change when it goes on.
 _DECIDES = (
-    *("model", "scratch", "growth", "dtype", "adapter", "data", "objective", "optimizer"),
+    *("model", "scratch", "growth", "join", "dtype", "adapter", "data", "objective", "optimizer"),
     *("batch_size", "length", "packing"),
 )
 
@@ -317,7 +336,9 @@ def _train(config: TrainConfig, run: Run, checkpoints: Checkpoints, log: RunLog)
         reporter.skip()
 
     def batch(step: int) -> Batch:
-        return global_batch(run.batches(step), run.mesh)
+        made = run.batches(step)
+        made = run.objective.prepare(made, step) if isinstance(run.objective, BatchObjective) else made
+        return global_batch(made, run.mesh)
 
     if int(run.state.step) >= config.steps:  # a run that was over already
         reporter.figures |= evaluate(run.state.trainable)
@@ -353,5 +374,5 @@ def _save_trained(config: TrainConfig, run: Run, state: TrainState) -> None:
     if config.adapter is not None:
         save_adapter(config.run_dir / "adapter", config.adapter, frozen, trainable, run.belongs_to)
         return
-    params = run.method.merge({}, {}, trainable)
+    params = run.method.merge(run.constants.base, {}, trainable)
     save_model(config.run_dir / "model", Decoder(run.model.config), params, run.tokenizer, replace=True)

@@ -121,13 +121,16 @@ class Own:
     updates: jax.Array
 
 
-def codet5plus(config: CodeT5PlusConfig, model: Network, tokenizer: Tokenizer | None) -> BatchObjective:
+def codet5plus(
+    config: CodeT5PlusConfig, model: Network, tokenizer: Tokenizer | None, lengths: tuple[int, int] | None
+) -> BatchObjective:
     """Returns CodeT5+'s losses as one objective; each is logged by its name, `loss` is their sum.
 
     Args:
         config: which losses.
         model: with an encoder; for contrastive training with vectors, for matching with its head.
         tokenizer: of the model.
+        lengths: tokens of the longest text and of the longest row: what all batches are padded to.
 
     Raises:
         InputError: a model that lacks what a loss needs, or a tokenizer without its special tokens.
@@ -139,14 +142,14 @@ def codet5plus(config: CodeT5PlusConfig, model: Network, tokenizer: Tokenizer | 
         raise InputError(f"{compared[0]} needs a model that gives vectors for texts: set embedding_width")
     if "match" in compared and not model.config.matching:
         raise InputError("match needs a model with a head that matches texts: set matching")
-    if tokenizer is None:
-        raise InputError("codet5plus needs the model's tokenizer: pass tokenizer")
+    if tokenizer is None or lengths is None:
+        raise InputError("codet5plus needs the model's tokenizer and the rows' lengths: pass tokenizer and lengths")
     specials = denoising.special_tokens(tokenizer, tuple({role for loss in config.losses for role in LOSSES[loss]}))
     words = denoising.word_table(tokenizer) if "denoise" in config.losses else None
     width = model.config.embedding_width or 1
 
     def prepare(batch: Any, updates: int) -> CodeBatch:
-        return prepare_batch(config, specials, words, batch, updates)
+        return prepare_batch(config, specials, words, batch, updates, lengths)
 
     def start(params: Any) -> Any:
         if not compared:
@@ -181,9 +184,14 @@ def slow_part(params: Any) -> Any:
 
 
 def prepare_batch(
-    config: CodeT5PlusConfig, specials: Specials, words: denoising.Words | None, batch: Any, updates: int
+    config: CodeT5PlusConfig,
+    specials: Specials,
+    words: denoising.Words | None,
+    batch: Any,
+    updates: int,
+    widths: tuple[int, int],
 ) -> CodeBatch:
-    """Returns what the losses read of a batch of numpy arrays [1, B, ...].
+    """Returns what the losses read of a batch of numpy arrays [1, B, ...], padded to `widths`, of texts and of rows.
 
     Raises:
         InputError: several micro-batches, rows without what an encoder reads, or a function without its end.
@@ -192,14 +200,13 @@ def prepare_batch(
         raise InputError("codet5plus needs pairs of a text and its code: take data with prompts and completions")
     if batch.tokens.shape[0] != 1:
         raise InputError(f"codet5plus compares all rows of an update: set accumulate to 1, not {batch.tokens.shape[0]}")
-    lengths = (batch.segments[0] > 0).sum(-1)
+    lengths, (read, wide) = (batch.segments[0] > 0).sum(-1), widths
     codes = [row[1:length] for row, length in zip(batch.tokens[0], lengths, strict=True)]
     texts = [row[:length] for row, length in zip(batch.source.tokens[0], batch.source.lengths[0], strict=True)]
     for code in codes:
         if len(code) and code[-1] != specials.end:
             raise InputError("a row has no end of text behind its code: the end token must be the last of every row")
     keys = np.array([[_key(text), _key(code)] for text, code in zip(texts, codes, strict=True)], np.int32)
-    wide, read = batch.tokens.shape[-1], batch.source.tokens.shape[-1]
     splits = {}
     for name in config.losses:
         if name in _COMPARED:

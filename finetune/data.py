@@ -10,7 +10,9 @@ import hashlib
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from finetune.code_pairs import code_pairs
 from finetune.corpus import TASKS, Example, generate
+from finetune.library_code import library_pairs
 from finetune.recall import recall_examples
 from finetune.rows import Row, Rows, as_chat, encode, fit
 from finetune.sources import FileData, HubData, Item, Placed, read_source
@@ -93,7 +95,37 @@ class RecallData:
             raise InputError("size and facts must be at least 1, test_size 0, and words twice the facts")
 
 
-DataConfig = GeneratedData | StoriesData | RecallData | FileData | HubData
+@dataclasses.dataclass(frozen=True)
+class CodeData:
+    """Descriptions, each with the Python function that it describes (`finetune.code_pairs`, `finetune.library_code`).
+
+    Attributes:
+        source: pairs that code writes, or those of the interpreter's own library.
+        size: pairs to train on; of the library, at most.
+        test_size: pairs to test on, likewise.
+        seed: of the pairs that code writes.
+    """
+
+    type: Literal["code"] = "code"
+    source: Literal["generated", "library"] = "generated"
+    size: int = 8000
+    test_size: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.test_size < 0:
+            raise InputError(f"size must be at least 1 and test_size at least 0, got {self.size} and {self.test_size}")
+
+
+def code_examples(config: CodeData, test: bool) -> list[Example]:
+    """Returns the pairs that a config names, to test or to train on."""
+    size = config.test_size if test else config.size
+    if config.source == "library":
+        return list(library_pairs(test)[:size])
+    return code_pairs(size, config.seed, test)
+
+
+DataConfig = GeneratedData | StoriesData | RecallData | CodeData | FileData | HubData
 
 
 class Question(NamedTuple):
@@ -166,6 +198,8 @@ def _read(config: DataConfig) -> tuple[str, Placed, Placed | None, bool]:
         if isinstance(config, RecallData):
             made = recall_examples(size, config.words, config.facts, config.seed, test)
             return [("a text to recall", example) for example in made]
+        if isinstance(config, CodeData):
+            return [("a function", example) for example in code_examples(config, test)]
         return [(example.task, example) for example in generate(config.tasks, size, config.seed, test)]
 
     chat = isinstance(config, GeneratedData) and config.chat

@@ -10,6 +10,7 @@ Axis letters: B batch, S tokens of the text that is read, T tokens of the one th
 E width of a text's vector.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -156,6 +157,11 @@ def init_params(model: Network, key: jax.Array) -> dict[str, Any]:
     if isinstance(model, EncoderDecoder):
         return model.init(key, tokens, jnp.ones((1,), jnp.int32), method="every_part")["params"]
     return model.init(key, tokens)["params"]
+
+
+def with_start(model: EncoderDecoder, token: int) -> EncoderDecoder:
+    """Returns the same network, whose written text begins with another token."""
+    return EncoderDecoder(dataclasses.replace(model.config, start_token=token), model.remat)
 
 
 def decoder_only(model: Network, what: str) -> Decoder:

@@ -22,10 +22,11 @@ from models.encoder_decoder import EncoderDecoder, init_params
 from models.errors import InputError
 from models.joined import JoinConfig, Part, is_trained, join
 from models.weights.byte_tokenizer import byte_tokenizer
-from tests.support.code_training import ROWS, pair_batch, tiny_bimodal
+from tests.support.code_training import READ, ROWS, WIDE, pair_batch, tiny_bimodal
 from tests.support.toy_training import toy_model
 
 CONFIG = CodeT5PlusConfig(losses=tuple(LOSSES), queue=2 * ROWS, momentum=0.9)
+LENGTHS = (READ, WIDE)
 FEWER = dataclasses.replace(CONFIG, losses=("denoise", "contrastive", "match"))
 SPECIALS = special_tokens(code_tokenizer(), ("cls", "clm", "match", "code", "text", "end", "sentinels"))
 
@@ -139,7 +140,9 @@ def test_a_head_that_cannot_tell_has_a_loss_of_ln_2(params):
 
 
 def prepared(seed: int = 0, config: CodeT5PlusConfig = CONFIG, updates: int = 0, empty: int = 0):
-    batch = prepare_batch(config, SPECIALS, word_table(code_tokenizer()), pair_batch(seed, empty=empty), updates)
+    batch = prepare_batch(
+        config, SPECIALS, word_table(code_tokenizer()), pair_batch(seed, empty=empty), updates, LENGTHS
+    )
     return jax.tree.map(lambda value: jnp.asarray(value[0]), batch)
 
 
@@ -177,7 +180,7 @@ class Run:
     """Updates of three losses on batches of pairs."""
 
     def __init__(self, params, method=None, constants=None):
-        self.objective = codet5plus(FEWER, tiny_bimodal(), code_tokenizer())
+        self.objective = codet5plus(FEWER, tiny_bimodal(), code_tokenizer(), LENGTHS)
         settings = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0.0)
         method = method or full_tuning(jax.tree.map(lambda x: x.dtype, params))
         self.optimizer = make_optimizer(settings, 4, method)
@@ -244,7 +247,7 @@ def test_a_frozen_decoder_is_the_same_after_training(params):
     flat = flatten_dict(start, sep="/")
     base, trained = ({k: v for k, v in flat.items() if is_trained(k) == side} for side in (False, True))
     method = part_tuning(jax.tree.map(lambda x: x.dtype, unflatten_dict(trained, sep="/")))
-    objective = codet5plus(dataclasses.replace(CONFIG, losses=("text_to_code",)), model, code_tokenizer())
+    objective = codet5plus(dataclasses.replace(CONFIG, losses=("text_to_code",)), model, code_tokenizer(), LENGTHS)
     assert objective.start(start) == {}
     settings = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0.0)
     optimizer = make_optimizer(settings, 3, method)
@@ -265,18 +268,18 @@ def test_what_does_not_fit_is_said(params):
     def changed(**settings):
         return EncoderDecoder(dataclasses.replace(model.config, **settings))
 
-    assert isinstance(codet5plus(CONFIG, model, tokenizer), BatchObjective)
+    assert isinstance(codet5plus(CONFIG, model, tokenizer, LENGTHS), BatchObjective)
     with pytest.raises(InputError, match="trains a model with an encoder and a decoder"):
-        codet5plus(CONFIG, toy_model(), tokenizer)
+        codet5plus(CONFIG, toy_model(), tokenizer, LENGTHS)
     with pytest.raises(InputError, match="trains a model with an encoder and a decoder"):
         bare = dataclasses.replace(model.config.decoder, blocks=())
-        codet5plus(CONFIG, changed(decoder=bare, matching=False), tokenizer)
+        codet5plus(CONFIG, changed(decoder=bare, matching=False), tokenizer, LENGTHS)
     with pytest.raises(InputError, match="contrastive needs a model that gives vectors"):
-        codet5plus(CONFIG, changed(embedding_width=None), tokenizer)
+        codet5plus(CONFIG, changed(embedding_width=None), tokenizer, LENGTHS)
     with pytest.raises(InputError, match="match needs a model with a head"):
-        codet5plus(CONFIG, changed(matching=False), tokenizer)
+        codet5plus(CONFIG, changed(matching=False), tokenizer, LENGTHS)
     with pytest.raises(InputError, match=r"the tokenizer has no .*<extra_id_0>"):
-        codet5plus(CONFIG, model, byte_tokenizer())
+        codet5plus(CONFIG, model, byte_tokenizer(), LENGTHS)
     with pytest.raises(InputError, match="unknown loss of codet5plus 'matching'. Did you mean 'match'"):
         CodeT5PlusConfig(losses=("matching",))
     with pytest.raises(InputError, match="must name at least one, each once"):
@@ -287,9 +290,9 @@ def test_what_does_not_fit_is_said(params):
         enqueue(empty_queue(10, 5), rows(0))
     batch = pair_batch(0)
     with pytest.raises(InputError, match="needs pairs of a text and its code"):
-        prepare_batch(CONFIG, SPECIALS, None, batch._replace(source=None), 0)
+        prepare_batch(CONFIG, SPECIALS, None, batch._replace(source=None), 0, LENGTHS)
     with pytest.raises(InputError, match="set accumulate to 1, not 2"):
-        prepare_batch(CONFIG, SPECIALS, None, batch._replace(tokens=np.zeros((2, 2, 9), np.int32)), 0)
+        prepare_batch(CONFIG, SPECIALS, None, batch._replace(tokens=np.zeros((2, 2, 9), np.int32)), 0, LENGTHS)
     with pytest.raises(InputError, match="no end of text behind its code"):
         cut = np.where(batch.tokens == SPECIALS.end, 0, batch.tokens)
-        prepare_batch(CONFIG, SPECIALS, None, batch._replace(tokens=cut), 0)
+        prepare_batch(CONFIG, SPECIALS, None, batch._replace(tokens=cut), 0, LENGTHS)
