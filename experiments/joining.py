@@ -31,7 +31,7 @@ def joined(config: TrainConfig, model: Network, params: Any, tokenizer: Tokenize
 
 
 def encoder_tuning(params: Any, mesh: Mesh) -> tuple[Method, dict, Any, Callable[[Any], Any]]:
-    """Returns (method, frozen values: none, what is trained, function to the parameters that stay) of a joined model."""
+    """Returns (method, no frozen values, what is trained, function to what stays) of a joined model."""
     flat = flatten_dict(params, sep="/")
     kept, trained = ({k: v for k, v in flat.items() if is_trained(k) == side} for side in (False, True))
     trainable = unflatten_dict({k: jnp.array(v, jnp.float32) for k, v in trained.items()}, sep="/")

@@ -7,7 +7,7 @@ from finetune.codet5plus import CodeT5PlusConfig, codet5plus
 from finetune.distillation import DistillationConfig, distillation
 from finetune.emo import EmoConfig, emo, head_directions
 from finetune.objectives import BatchObjective, Objective, cross_entropy
-from models.decoder import Decoder
+from models.encoder_decoder import Network, writing_stack
 from models.errors import InputError
 from models.weights.tokenizer import Tokenizer
 
@@ -33,10 +33,10 @@ ObjectiveConfig = CrossEntropyConfig | EmoConfig | DistillationConfig | CodeT5Pl
 
 def make_objective(
     config: ObjectiveConfig,
-    model: Decoder,
+    model: Network,
     params: Any,
     num_tokens: int,
-    teacher: tuple[Decoder, Any] | None = None,
+    teacher: tuple[Network, Any] | None = None,
     tokenizer: Tokenizer | None = None,
     lengths: tuple[int, int] | None = None,
 ) -> Objective | BatchObjective:
@@ -56,7 +56,8 @@ def make_objective(
     """
     _check_tokens("the model", model, num_tokens)
     if isinstance(config, EmoConfig):
-        return emo(config, head_directions(model.config, params, num_tokens))
+        writing, params = writing_stack(model, params)
+        return emo(config, head_directions(writing.config, params, num_tokens))
     if isinstance(config, DistillationConfig):
         if teacher is None:
             raise InputError("distillation needs a teacher: pass teacher=(model, params)")
@@ -67,7 +68,7 @@ def make_objective(
     return cross_entropy(config.z_loss)
 
 
-def _check_tokens(who: str, model: Decoder, num_tokens: int) -> None:
+def _check_tokens(who: str, model: Network, num_tokens: int) -> None:
     if not 1 <= num_tokens <= model.config.vocab_size:
         raise InputError(
             f"{who} has rows for {model.config.vocab_size} ids, but the tokenizer has {num_tokens}: take the tokenizer "

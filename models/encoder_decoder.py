@@ -29,7 +29,8 @@ class EncoderDecoder(nn.Module):
     """An encoder-decoder.
 
     Parameters: `encoder` and `decoder`, which holds the embedding of both where the encoder has none; `bridge`, from an
-    encoder of another width; `projection` to a text's vector; `matching`.
+    encoder of another width; `projection` to a text's vector; `matching`. `embed`, `layers` and `unembed` are those of
+    the decoder; `embed_source` and `read` are what goes before them.
     """
 
     config: EncoderDecoderConfig
@@ -75,12 +76,22 @@ class EncoderDecoder(nn.Module):
 
     def encode(self, tokens: jax.Array, lengths: jax.Array) -> Encoded:
         """Reads tokens i32[B, S], i32[B] of them in each row, for the cross attention of all layers."""
-        return self.attended(self.output(tokens, lengths), lengths)
+        return self.read(self.embed_source(tokens, next_positions(tokens, None)), lengths)
+
+    def embed_source(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """Maps tokens i32[B, S] of a text that is read, at positions i32[B, S], to the encoder's [B, S, D]."""
+        return (self.encoder if self.config.own_embedding else self.decoder).embed(tokens, positions)
+
+    def read(self, x: jax.Array, lengths: jax.Array) -> Encoded:
+        """Does what `encode` does, from the embeddings [B, S, D] of a text."""
+        return self.attended(self._outputs(x, lengths), lengths)
 
     def output(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
         """Returns the encoder's output [B, S, D] of tokens i32[B, S], i32[B] of them in each row."""
-        positions = next_positions(tokens, None)
-        x = (self.encoder if self.config.own_embedding else self.decoder).embed(tokens, positions)
+        return self._outputs(self.embed_source(tokens, next_positions(tokens, None)), lengths)
+
+    def _outputs(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
+        positions = next_positions(x, None)
         x = self.encoder.layers(x, positions, attend=bidirectional_attend, ctx=lengths)[0]
         return self.encoder.normed(x)
 
@@ -127,10 +138,6 @@ class EncoderDecoder(nn.Module):
         positions = next_positions(tokens, None)
         return self.decoder.layers(self.decoder.embed(tokens, positions), positions, encoded=encoded)[0]
 
-    def unembed(self, x: jax.Array) -> jax.Array:
-        """Maps the decoder's residual stream after the last block, [..., D], to logits f32[..., V]."""
-        return self.decoder.unembed(x)
-
     def every_part(self, tokens: jax.Array, lengths: jax.Array) -> None:
         """Uses every parameter, so that all are made."""
         x = self.output(tokens, lengths)
@@ -142,13 +149,32 @@ class EncoderDecoder(nn.Module):
             if self.config.matching:
                 self.match(tokens, lengths, encoded)
 
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """Maps tokens i32[B, T] of the text that is written, at positions i32[B, T], to [B, T, D]."""
+        return self.decoder.embed(tokens, positions)
+
+    def layers(self, x: jax.Array, positions: jax.Array, *args: Any, **options: Any) -> Any:
+        """Runs blocks of the decoder: see `models.decoder.Decoder.layers`."""
+        return self.decoder.layers(x, positions, *args, **options)
+
+    def unembed(self, x: jax.Array) -> jax.Array:
+        """Maps the residual stream after the decoder's last block, [..., D], to logits f32[..., V]."""
+        return self.decoder.unembed(x)
+
 
 Network = Decoder | EncoderDecoder
 
 
-def network(config: ModelConfig) -> Network:
-    """Returns the network of a config."""
-    return EncoderDecoder(config) if isinstance(config, EncoderDecoderConfig) else Decoder(config)
+def network(config: ModelConfig, remat: bool = False) -> Network:
+    """Returns the network of a config; see `models.decoder.Decoder` for `remat`."""
+    return (EncoderDecoder if isinstance(config, EncoderDecoderConfig) else Decoder)(config, remat)
+
+
+def writing_stack(model: Network, params: Any) -> tuple[Decoder, Any]:
+    """Returns the stack that writes, with its parameters: of a plain decoder itself."""
+    if isinstance(model, EncoderDecoder):
+        return Decoder(model.config.decoder, model.remat), params["decoder"]
+    return model, params
 
 
 def init_params(model: Network, key: jax.Array) -> dict[str, Any]:
