@@ -10,10 +10,12 @@ import hashlib
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from finetune.code_pairs import code_pairs
 from finetune.corpus import TASKS, Example, generate
+from finetune.library_code import library_pairs
 from finetune.othello import games
 from finetune.recall import recall_examples
-from finetune.rows import Row, Rows, as_chat, encode, fit
+from finetune.rows import Pairs, Row, Rows, as_chat, encode, fit, pair
 from finetune.sources import FileData, HubData, Item, Placed, read_source
 from finetune.stories import stories
 from models.errors import InputError
@@ -114,7 +116,37 @@ class OthelloData:
             raise InputError(f"size must be at least 1 and test_size at least 0, got {self.size} and {self.test_size}")
 
 
-DataConfig = GeneratedData | StoriesData | RecallData | OthelloData | FileData | HubData
+@dataclasses.dataclass(frozen=True)
+class CodeData:
+    """Descriptions, each with the Python function that it describes (`finetune.code_pairs`, `finetune.library_code`).
+
+    Attributes:
+        source: pairs that code writes, or those of the interpreter's own library.
+        size: pairs to train on; of the library, at most.
+        test_size: pairs to test on, likewise.
+        seed: of the pairs that code writes.
+    """
+
+    type: Literal["code"] = "code"
+    source: Literal["generated", "library"] = "generated"
+    size: int = 8000
+    test_size: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.test_size < 0:
+            raise InputError(f"size must be at least 1 and test_size at least 0, got {self.size} and {self.test_size}")
+
+
+def code_examples(config: CodeData, test: bool) -> list[Example]:
+    """Returns the pairs that a config names, to test or to train on."""
+    size = config.test_size if test else config.size
+    if config.source == "library":
+        return list(library_pairs(test)[:size])
+    return code_pairs(size, config.seed, test)
+
+
+DataConfig = GeneratedData | StoriesData | RecallData | OthelloData | CodeData | FileData | HubData
 
 
 class Question(NamedTuple):
@@ -140,28 +172,29 @@ class TrainingData(NamedTuple):
     notes: tuple[str, ...]
 
 
-def read_data(config: DataConfig, tokenizer: Tokenizer, length: int) -> TrainingData:
+def read_data(config: DataConfig, tokenizer: Tokenizer, length: int, pairs: Pairs | None = None) -> TrainingData:
     """Reads, encodes and splits what a config names.
 
     Args:
         config: the source.
         tokenizer: of the model to be trained.
         length: most tokens of a row, from 2 up.
+        pairs: of a model with an encoder, which reads prompts and writes completions; None: of any other.
 
     Raises:
         InputError: no such task, file, dataset, split or column; a row without the wanted text, named by its number; no
             row left to train on, or none to test on where some were asked for.
     """
     source, train, test, chat = _read(config)
-    train = _encode(train, tokenizer, chat)
+    train = _encode(train, tokenizer, chat, pairs)
     if test is not None:
-        test = _encode(test, tokenizer, chat)
+        test = _encode(test, tokenizer, chat, pairs)
     else:
         train, test = _split(train, config.test_share)
     cut = any(isinstance(item, str) for item, _ in train)
     fitted = []
     for purpose, side in (("train", train), ("test", test)):
-        rows, notes = fit([row for _, row in side], length, cut)
+        rows, notes = fit([row for _, row in side], length, cut, 0 if pairs is None else pairs.source_length)
         if not len(rows) and (side or purpose == "train"):
             raise InputError(
                 f"{source} has no rows to {purpose} on with length {length}: {'; '.join(notes) or 'too few are there'}"
@@ -169,9 +202,10 @@ def read_data(config: DataConfig, tokenizer: Tokenizer, length: int) -> Training
         fitted.append((rows, [f"{purpose}: {note}" for note in notes]))
     (rows, notes), (test_rows, test_notes) = fitted
     questions = (
-        Question(row.tokens[: row.targets.index(True)], item)
+        Question(list(row.source) or row.tokens[: row.targets.index(True)], item)
         for item, row in test
         if isinstance(item, Example) and len(row.tokens) <= length and any(row.targets)
+        if pairs is None or len(row.source) <= pairs.source_length
     )
     return TrainingData(rows, test_rows, tuple(questions), (*notes, *test_notes))
 
@@ -189,21 +223,34 @@ def _read(config: DataConfig) -> tuple[str, Placed, Placed | None, bool]:
             return [("a text to recall", example) for example in made]
         if isinstance(config, OthelloData):
             return [("a game", text) for text in games(size, config.seed, test)]
+        if isinstance(config, CodeData):
+            return [("a function", example) for example in code_examples(config, test)]
         return [(example.task, example) for example in generate(config.tasks, size, config.seed, test)]
 
     chat = isinstance(config, GeneratedData) and config.chat
     return f"{config.type} data", side(config.size, False), side(config.test_size, True), chat
 
 
-def _encode(items: Placed, tokenizer: Tokenizer, chat: bool) -> list[tuple[Item, Row]]:
+def _encode(items: Placed, tokenizer: Tokenizer, chat: bool, pairs: Pairs | None) -> list[tuple[Item, Row]]:
     encoded = []
     for place, item in items:
         try:
             row = encode(tokenizer, as_chat(item) if chat and isinstance(item, Example) else item)
+            if pairs is not None:
+                row = _paired(item, row, pairs.start_token)
         except InputError as error:
             raise InputError(f"{place}: {error}") from error
         encoded.append((item, row))
     return encoded
+
+
+def _paired(item: Item, row: Row, start_token: int) -> Row:
+    if isinstance(item, str) or row.targets[:1] == [True]:
+        raise InputError(
+            "a model with an encoder learns to answer what it reads, and here nothing is to be read before the text: "
+            "give prompt and completion, or conversations"
+        )
+    return pair(row, start_token)
 
 
 def _split(rows: Sequence[tuple[Item, Row]], share: float) -> tuple[list[tuple[Item, Row]], list[tuple[Item, Row]]]:
