@@ -12,6 +12,7 @@ from decoding.sparse.lserve import LSERVE
 from decoding.sparse.streaming import STREAMING
 from decoding.sparse.tidal import TIDAL
 from decoding.speculative.aded import ADED
+from decoding.speculative.chimera import CHIMERA
 from decoding.speculative.clover import CLOVER
 from decoding.speculative.dyspec import DYSPEC
 from decoding.speculative.eagle import EAGLE
@@ -30,6 +31,7 @@ METHODS: dict[str, Method] = {
     "sample": SAMPLE,
     "aded": ADED,
     "beam": BEAM,
+    "chimera": CHIMERA,
     "clover": CLOVER,
     "constrained": CONSTRAINED,
     "contrastive": CONTRASTIVE,
