@@ -193,7 +193,7 @@ def make_level(head: LevelHead, model: Decoder, options: LevelOptions, stop_toke
     vocab = model.config.vocab_size
     growth = template = None
     if options.tree == "dynamic":
-        growth = Growth(options.nodes, options.depth, options.beam, head.keep)
+        growth = Growth(options.nodes, min(options.depth, options.nodes), options.beam, head.keep)  # no path is longer
         width, depth, read = growth.width(vocab), growth.depth, sum(growth.sizes(vocab)) - 1
     else:
         template = options.template(vocab)
