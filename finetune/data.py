@@ -103,17 +103,21 @@ class OthelloData:
     Attributes:
         size: games to train on, of about 61 tokens each.
         test_size: games to test on.
+        turns: of each game, at most: openings are learnt much sooner than whole games; None: to the end.
         seed: of the games.
     """
 
     type: Literal["othello"] = "othello"
     size: int = 20_000
     test_size: int = 200
+    turns: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.test_size < 0:
             raise InputError(f"size must be at least 1 and test_size at least 0, got {self.size} and {self.test_size}")
+        if self.turns is not None and self.turns < 1:
+            raise InputError(f"turns must be at least 1 (or null for whole games), got {self.turns}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +226,7 @@ def _read(config: DataConfig) -> tuple[str, Placed, Placed | None, bool]:
             made = recall_examples(size, config.words, config.facts, config.seed, test)
             return [("a text to recall", example) for example in made]
         if isinstance(config, OthelloData):
-            return [("a game", text) for text in games(size, config.seed, test)]
+            return [("a game", text) for text in games(size, config.seed, test, config.turns)]
         if isinstance(config, CodeData):
             return [("a function", example) for example in code_examples(config, test)]
         return [(example.task, example) for example in generate(config.tasks, size, config.seed, test)]
