@@ -32,9 +32,7 @@ class Kind(NamedTuple):
 
 KINDS: dict[str | None, Kind] = {
     None: Kind(method_table.TableConfig, method_table.measure, method_table.write_table, method_table.check),
-    "codet5plus": Kind(
-        codet5plus_table.CodeT5PlusTableConfig, codet5plus_table.measure, codet5plus_pages.write_table
-    ),
+    "codet5plus": Kind(codet5plus_table.CodeT5PlusTableConfig, codet5plus_table.measure, codet5plus_pages.write_table),
     "training": Kind(train_table.TrainTableConfig, train_table.measure, train_pages.write_table),
     "yi": Kind(yi_table.YiTableConfig, yi_table.measure, yi_pages.write_table),
 }
