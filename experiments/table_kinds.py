@@ -7,6 +7,8 @@ from experiments import (
     codet5plus_pages,
     codet5plus_table,
     method_table,
+    moe_x_pages,
+    moe_x_table,
     train_pages,
     train_table,
     yi_pages,
@@ -33,6 +35,7 @@ class Kind(NamedTuple):
 KINDS: dict[str | None, Kind] = {
     None: Kind(method_table.TableConfig, method_table.measure, method_table.write_table, method_table.check),
     "codet5plus": Kind(codet5plus_table.CodeT5PlusTableConfig, codet5plus_table.measure, codet5plus_pages.write_table),
+    "moe_x": Kind(moe_x_table.MoeXTableConfig, moe_x_table.measure, moe_x_pages.write_table),
     "training": Kind(train_table.TrainTableConfig, train_table.measure, train_pages.write_table),
     "yi": Kind(yi_table.YiTableConfig, yi_table.measure, yi_pages.write_table),
 }

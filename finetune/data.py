@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 from finetune.code_pairs import code_pairs
 from finetune.corpus import TASKS, Example, generate
 from finetune.library_code import library_pairs
+from finetune.othello import games
 from finetune.recall import recall_examples
 from finetune.rows import Pairs, Row, Rows, as_chat, encode, fit, pair
 from finetune.sources import FileData, HubData, Item, Placed, read_source
@@ -96,6 +97,26 @@ class RecallData:
 
 
 @dataclasses.dataclass(frozen=True)
+class OthelloData:
+    """Random games of Othello (`finetune.othello`); for models with the tokenizer `othello`.
+
+    Attributes:
+        size: games to train on, of about 61 tokens each.
+        test_size: games to test on.
+        seed: of the games.
+    """
+
+    type: Literal["othello"] = "othello"
+    size: int = 20_000
+    test_size: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.test_size < 0:
+            raise InputError(f"size must be at least 1 and test_size at least 0, got {self.size} and {self.test_size}")
+
+
+@dataclasses.dataclass(frozen=True)
 class CodeData:
     """Descriptions, each with the Python function that it describes (`finetune.code_pairs`, `finetune.library_code`).
 
@@ -125,7 +146,7 @@ def code_examples(config: CodeData, test: bool) -> list[Example]:
     return code_pairs(size, config.seed, test)
 
 
-DataConfig = GeneratedData | StoriesData | RecallData | CodeData | FileData | HubData
+DataConfig = GeneratedData | StoriesData | RecallData | OthelloData | CodeData | FileData | HubData
 
 
 class Question(NamedTuple):
@@ -200,6 +221,8 @@ def _read(config: DataConfig) -> tuple[str, Placed, Placed | None, bool]:
         if isinstance(config, RecallData):
             made = recall_examples(size, config.words, config.facts, config.seed, test)
             return [("a text to recall", example) for example in made]
+        if isinstance(config, OthelloData):
+            return [("a game", text) for text in games(size, config.seed, test)]
         if isinstance(config, CodeData):
             return [("a function", example) for example in code_examples(config, test)]
         return [(example.task, example) for example in generate(config.tasks, size, config.seed, test)]

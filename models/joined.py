@@ -102,6 +102,13 @@ def join(encoder: Part, decoder: Part, settings: JoinConfig, key: jax.Array) -> 
     return model, unflatten_dict({**fresh(key), **given}, sep="/")
 
 
+def trained_apart(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns (what stays, what is trained) of a joined model's parameters, or of their shapes."""
+    flat = flatten_dict(params, sep="/")
+    kept, trained = ({k: v for k, v in flat.items() if is_trained(k) == side} for side in (False, True))
+    return unflatten_dict(kept, sep="/"), unflatten_dict(trained, sep="/")
+
+
 def is_trained(path: str) -> bool:
     """Tells whether a parameter of a joined model, by its path, is one that training is to change."""
     return _TRAINED.match(path) is not None

@@ -4,7 +4,9 @@ import csv
 import dataclasses
 import json
 
+import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from experiments import codet5plus_table, reproduce
 from experiments.codet5plus_table import CodeRow, CodeT5PlusTableConfig, stages
@@ -13,6 +15,8 @@ from experiments.train import describe
 from experiments.train_config import TrainConfig
 from experiments.training import run_training
 from models.errors import InputError
+from models.joined import JoinConfig
+from models.weights.load import load_model
 
 SHAPE = (
     "{layers: 1, encoder_layers: 1, width: 16, heads: 2, kv_heads: 1, mlp_width: 24, max_length: 72, tokenizer: code, "
@@ -110,6 +114,36 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_losses(tmp_path):
     alone = dataclasses.replace(whole, run_dir=tmp_path / "alone")
     run_training(alone)
     assert losses(tmp_path / "halted") == losses(tmp_path / "alone") and len(losses(tmp_path / "alone")) == 3
+
+
+def test_a_small_encoder_is_trained_in_front_of_a_model_that_stays(tmp_path):
+    """Two new decoders, joined; what stays is bit for bit what it was, in the folder too."""
+    shape = "{layers: 1, width: 16, heads: 2, kv_heads: 1, mlp_width: 24, max_length: 72, tokenizer: code}"
+    path = tmp_path / "part.yaml"
+    path.write_text(f"scratch: {shape}\nadapter: null\ndata: {{type: code, size: 8, test_size: 0}}\nsteps: 1\n"
+                    "batch_size: 2\nlength: 72\nevaluation: {batches: 0, examples: 0}\n")  # fmt: skip
+    part = load_config(
+        TrainConfig, ["--config", str(path), "--run_dir", str(tmp_path / "one")], prog="t", description=""
+    )
+    run_training(part)
+    own = str(tmp_path / "one" / "model")
+    both = dataclasses.replace(
+        part, model=own, scratch=None, join=JoinConfig(own), packing=False, steps=3, run_dir=tmp_path / "both"
+    )
+    assert "bridge" not in describe(both) and "cross" in describe(both)
+    run_training(both)
+    before, after = load_model(own).params, load_model(str(tmp_path / "both" / "model")).params
+    flat = flatten_dict(after["decoder"], sep="/")
+    for name, value in flatten_dict(before, sep="/").items():
+        np.testing.assert_array_equal(flat[name], value)
+    assert float(flat["layers_0/cross_gate"]) != 0
+    with pytest.raises(InputError, match="reads other tokens than"):
+        byte = dataclasses.replace(part.scratch, tokenizer="bytes")
+        run_training(dataclasses.replace(part, scratch=byte, length=72, run_dir=tmp_path / "bytes"))
+        run_training(dataclasses.replace(
+            both, join=JoinConfig(str(tmp_path / "bytes" / "model")), run_dir=tmp_path / "no"))  # fmt: skip
+    with pytest.raises(ValueError, match="trains the encoder"):
+        dataclasses.replace(part, join=JoinConfig(own))
 
 
 def test_sizes_of_a_run_are_told_without_it(tmp_path):
