@@ -138,8 +138,8 @@ def test_a_small_encoder_is_trained_in_front_of_a_model_that_stays(tmp_path):
         np.testing.assert_array_equal(flat[name], value)
     assert float(flat["layers_0/cross_gate"]) != 0
     with pytest.raises(InputError, match="reads other tokens than"):
-        byte = dataclasses.replace(part.scratch, tokenizer="bytes")
-        run_training(dataclasses.replace(part, scratch=byte, length=72, run_dir=tmp_path / "bytes"))
+        byte = dataclasses.replace(part.scratch, tokenizer="bytes", max_length=256)
+        run_training(dataclasses.replace(part, scratch=byte, length=256, run_dir=tmp_path / "bytes"))
         run_training(dataclasses.replace(
             both, join=JoinConfig(str(tmp_path / "bytes" / "model")), run_dir=tmp_path / "no"))  # fmt: skip
     with pytest.raises(ValueError, match="trains the encoder"):
@@ -148,21 +148,30 @@ def test_a_small_encoder_is_trained_in_front_of_a_model_that_stays(tmp_path):
 
 def test_sizes_of_a_run_are_told_without_it(tmp_path):
     text = describe(run_config(tmp_path, "sizes"))
-    assert "objective, frozen" in text and "matching/kernel" in text
+    assert "objective, frozen" in text and "projection/kernel" in text
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (("--objective.queue", "6"), "a queue of 6 is not a multiple of the batch of 4 rows"),
-        (("--accumulate", "2"), "set accumulate to 1, not 2"),
-        (("--scratch.matching", "False", "--objective.losses", "match"), "needs a model with a head"),
-        (("--scratch.tokenizer", "bytes", "--length", "72"), r"the tokenizer has no \[CLS\]"),
-    ],
-)
-def test_runs_that_do_not_fit(tmp_path, more, message):
+WRONG = {
+    "a queue of 6 is not a multiple of the batch of 4 rows": {"objective": {"queue": 6}},
+    "set accumulate to 1, not 2": {"accumulate": 2},
+    "needs a model with a head": {"scratch": {"matching": False}, "objective": {"losses": ("match",)}},
+    r"the tokenizer has no \[CLS\]": {
+        "scratch": {"tokenizer": "bytes", "max_length": 256},
+        "length": 200,
+        "source_length": 150,
+    },
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_runs_that_do_not_fit(tmp_path, message):
+    config = run_config(tmp_path, "wrong")
+    parts = {
+        name: dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
+        for name, value in WRONG[message].items()
+    }
     with pytest.raises(InputError, match=message):
-        run_training(run_config(tmp_path, "wrong", *more))
+        run_training(dataclasses.replace(config, **parts))
 
 
 @pytest.mark.parametrize(
