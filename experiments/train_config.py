@@ -68,7 +68,8 @@ class TrainConfig:
     batch_size: int = 8  # rows of an update, over all devices and micro-batches
     accumulate: int = 1  # micro-batches of an update
     length: int = 128  # tokens of a row
-    packing: bool = True  # several texts in a row; false: one text in a row, padded
+    source_length: int | None = None  # tokens that an encoder reads beside a row, at most; null: as many as `length`
+    packing: bool = True  # several texts in a row; false: one text in a row, padded (as an encoder needs it)
     remat: bool = False  # compute blocks again in the backward pass: less memory, a third more work
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
@@ -86,6 +87,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.length < 2:
             raise ValueError(f"length must be at least 2, got {self.length}")
+        if self.source_length is not None and self.source_length < 1:
+            raise ValueError(f"source_length must be at least 1 (or null for `length`), got {self.source_length}")
         if self.scratch is not None and self.adapter is not None:
             raise ValueError("a new model (scratch) is trained whole: set adapter to null")
         if self.growth is not None and (self.scratch is not None or self.adapter is not None):

@@ -36,11 +36,11 @@ from finetune.objective_configs import DistillationConfig, make_objective
 from finetune.objectives import Objective
 from finetune.optimizers import learning_rate, make_optimizer
 from finetune.packing import Batches
-from finetune.rows import Rows
+from finetune.rows import Pairs, Rows
 from finetune.run_log import RunLog
 from finetune.state import Batch, Constants, Method, TrainState
 from finetune.trainer import Hook, NotFinite, make_train_step, train
-from models.decoder import Decoder
+from models.encoder_decoder import EncoderDecoder, Network, decoder_only, init_params, network
 from models.errors import InputError
 from models.growth import grow
 from models.sharding import build, make_mesh, place
@@ -51,7 +51,7 @@ class Base(NamedTuple):
     """The model that a run starts from; `name` is what an adapter of it will say that it belongs to."""
 
     name: str
-    model: Decoder
+    model: Network
     params: Any
     tokenizer: Tokenizer
 
@@ -64,7 +64,7 @@ class Run(NamedTuple):
     """
 
     name: str
-    model: Decoder
+    model: Network
     tokenizer: Tokenizer
     belongs_to: Any
     mesh: Mesh
@@ -90,7 +90,6 @@ def scratch_tokenizer(name: str) -> Tokenizer:
 
 def load_base(config: TrainConfig, mesh: Mesh) -> Base:
     """Loads the model to be trained, or makes a new one, spread over a mesh."""
-    from models.encoder_decoder import decoder_only
     from models.scratch import scratch_model
     from models.weights.load import load_model
 
@@ -98,19 +97,29 @@ def load_base(config: TrainConfig, mesh: Mesh) -> Base:
         model, params, tokenizer = load_model(config.model, config.dtype, mesh)
         if tokenizer is None:
             raise InputError(f"{config.model} has no tokenizer.json: put the model's tokenizer.json into the folder")
-        decoder_only(model, "training")
         name = Path(config.model).name
         if config.growth is not None:
-            model, params = grow(model, params, config.growth)
+            model, params = grow(decoder_only(model, "growth"), params, config.growth)
     else:
         shape = config.scratch
         tokenizer = scratch_tokenizer(shape.tokenizer)
         model, name = scratch_model(shape, tokenizer.vocab_size), "scratch"
-        key, token = jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32)
-        params = build(lambda: model.init(key, token)["params"], mesh=mesh)
+        params = build(lambda: init_params(model, jax.random.key(config.seed)), mesh=mesh)
     if config.length > model.config.max_length:
         raise InputError(f"length {config.length} is more than the model's context of {model.config.max_length} tokens")
-    return Base(name, Decoder(model.config, remat=config.remat), params, tokenizer)
+    return Base(name, network(model.config, config.remat), params, tokenizer)
+
+
+def pairs_of(config: TrainConfig, model: Network) -> Pairs | None:
+    """Returns what the rows of a model with an encoder are like; None for any other."""
+    if not isinstance(model, EncoderDecoder):
+        if config.source_length is not None:
+            raise InputError("source_length is for models with an encoder, which this one has not: leave it out (null)")
+        return None
+    source_length, most = config.source_length or config.length, model.config.encoder.max_length
+    if source_length > most:
+        raise InputError(f"source_length {source_length} is more than the {most} tokens that the model's encoder reads")
+    return Pairs(model.config.start_token, source_length)
 
 
 def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
@@ -118,7 +127,7 @@ def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size // config.accumulate, mesh)
     base = load_base(config, mesh)
-    data = read_data(config.data, base.tokenizer, config.length)
+    data = read_data(config.data, base.tokenizer, config.length, pairs_of(config, base.model))
     batches, test = _batches(config, data.train, mesh), config.evaluation.batches
     # Held-out rows are read by the micro-batch: what an update can hold, an evaluation can.
     part = dataclasses.replace(config, batch_size=config.batch_size // config.accumulate, accumulate=1)
@@ -169,7 +178,6 @@ def _batches(config: TrainConfig, rows: Rows, mesh: Mesh) -> Batches:
 
 
 def _objective(config: TrainConfig, base: Base, mesh: Mesh) -> Objective:
-    from models.encoder_decoder import decoder_only
     from models.weights.load import load_model
 
     teacher = None
@@ -180,7 +188,6 @@ def _objective(config: TrainConfig, base: Base, mesh: Mesh) -> Objective:
                 f"the teacher {config.objective.teacher} reads other tokens than the model {base.name}: take a teacher "
                 "with the same tokenizer"
             )
-        decoder_only(teacher[0], "distillation")
     return make_objective(config.objective, base.model, base.params, base.tokenizer.vocab_size, teacher)
 
 
@@ -220,7 +227,7 @@ def _gradients(base: Base, mesh: Any, objective: Objective, kernels: Any, batche
 # What decides where a run comes out; the rest of a config, and the learning rate, may change when it goes on.
 _DECIDES = (
     *("model", "scratch", "growth", "dtype", "adapter", "data", "objective", "optimizer"),
-    *("batch_size", "length", "packing"),
+    *("batch_size", "length", "source_length", "packing"),
 )
 
 
@@ -354,4 +361,4 @@ def _save_trained(config: TrainConfig, run: Run, state: TrainState) -> None:
         save_adapter(config.run_dir / "adapter", config.adapter, frozen, trainable, run.belongs_to)
         return
     params = run.method.merge({}, {}, trainable)
-    save_model(config.run_dir / "model", Decoder(run.model.config), params, run.tokenizer, replace=True)
+    save_model(config.run_dir / "model", network(run.model.config), params, run.tokenizer, replace=True)

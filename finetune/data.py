@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from finetune.corpus import TASKS, Example, generate
 from finetune.recall import recall_examples
-from finetune.rows import Row, Rows, as_chat, encode, fit
+from finetune.rows import Pairs, Row, Rows, as_chat, encode, fit, pair
 from finetune.sources import FileData, HubData, Item, Placed, read_source
 from finetune.stories import stories
 from models.errors import InputError
@@ -119,28 +119,29 @@ class TrainingData(NamedTuple):
     notes: tuple[str, ...]
 
 
-def read_data(config: DataConfig, tokenizer: Tokenizer, length: int) -> TrainingData:
+def read_data(config: DataConfig, tokenizer: Tokenizer, length: int, pairs: Pairs | None = None) -> TrainingData:
     """Reads, encodes and splits what a config names.
 
     Args:
         config: the source.
         tokenizer: of the model to be trained.
         length: most tokens of a row, from 2 up.
+        pairs: of a model with an encoder, which reads prompts and writes completions; None: of any other.
 
     Raises:
         InputError: no such task, file, dataset, split or column; a row without the wanted text, named by its number; no
             row left to train on, or none to test on where some were asked for.
     """
     source, train, test, chat = _read(config)
-    train = _encode(train, tokenizer, chat)
+    train = _encode(train, tokenizer, chat, pairs)
     if test is not None:
-        test = _encode(test, tokenizer, chat)
+        test = _encode(test, tokenizer, chat, pairs)
     else:
         train, test = _split(train, config.test_share)
     cut = any(isinstance(item, str) for item, _ in train)
     fitted = []
     for purpose, side in (("train", train), ("test", test)):
-        rows, notes = fit([row for _, row in side], length, cut)
+        rows, notes = fit([row for _, row in side], length, cut, 0 if pairs is None else pairs.source_length)
         if not len(rows) and (side or purpose == "train"):
             raise InputError(
                 f"{source} has no rows to {purpose} on with length {length}: {'; '.join(notes) or 'too few are there'}"
@@ -148,9 +149,10 @@ def read_data(config: DataConfig, tokenizer: Tokenizer, length: int) -> Training
         fitted.append((rows, [f"{purpose}: {note}" for note in notes]))
     (rows, notes), (test_rows, test_notes) = fitted
     questions = (
-        Question(row.tokens[: row.targets.index(True)], item)
+        Question(list(row.source) or row.tokens[: row.targets.index(True)], item)
         for item, row in test
         if isinstance(item, Example) and len(row.tokens) <= length and any(row.targets)
+        if pairs is None or len(row.source) <= pairs.source_length
     )
     return TrainingData(rows, test_rows, tuple(questions), (*notes, *test_notes))
 
@@ -172,15 +174,26 @@ def _read(config: DataConfig) -> tuple[str, Placed, Placed | None, bool]:
     return f"{config.type} data", side(config.size, False), side(config.test_size, True), chat
 
 
-def _encode(items: Placed, tokenizer: Tokenizer, chat: bool) -> list[tuple[Item, Row]]:
+def _encode(items: Placed, tokenizer: Tokenizer, chat: bool, pairs: Pairs | None) -> list[tuple[Item, Row]]:
     encoded = []
     for place, item in items:
         try:
             row = encode(tokenizer, as_chat(item) if chat and isinstance(item, Example) else item)
+            if pairs is not None:
+                row = _paired(item, row, pairs.start_token)
         except InputError as error:
             raise InputError(f"{place}: {error}") from error
         encoded.append((item, row))
     return encoded
+
+
+def _paired(item: Item, row: Row, start_token: int) -> Row:
+    if isinstance(item, str) or row.targets[:1] == [True]:
+        raise InputError(
+            "a model with an encoder learns to answer what it reads, and here nothing is to be read before the text: "
+            "give prompt and completion, or conversations"
+        )
+    return pair(row, start_token)
 
 
 def _split(rows: Sequence[tuple[Item, Row]], share: float) -> tuple[list[tuple[Item, Row]], list[tuple[Item, Row]]]:

@@ -15,6 +15,13 @@ from finetune.adapters import adapter as adapters
 from finetune.adapters.adapter import Adapter
 
 
+class Source(NamedTuple):
+    """The texts that an encoder reads: tokens i32[A, B, S], 0 from `lengths` on, and lengths i32[A, B]."""
+
+    tokens: jax.Array
+    lengths: jax.Array
+
+
 @struct.dataclass
 class Batch:
     """The rows of one update, in A micro-batches whose gradients are added up.
@@ -24,12 +31,14 @@ class Batch:
         targets: bool[A, B, T]: whether a token is to be predicted from the ones before it in its text.
         segments: i32[A, B, T]: which text of the row a token belongs to, counted from 1; 0 is padding, at the end.
         positions: i32[A, B, T]: a token's place in its text.
+        source: what an encoder reads of each row, which is then one text; None: nothing.
     """
 
     tokens: jax.Array
     targets: jax.Array
     segments: jax.Array
     positions: jax.Array
+    source: Source | None = None
 
 
 @struct.dataclass
