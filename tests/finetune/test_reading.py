@@ -25,7 +25,7 @@ from models.weights.byte_tokenizer import byte_tokenizer
 from tests.support.tiny_models import ENCODER_DECODERS
 from tests.support.toy_training import toy_batch, toy_model, toy_params
 
-SHAPE = ScratchConfig(2, 3, width=32, heads=4, kv_heads=2, mlp_width=48, max_length=64)
+SHAPE = ScratchConfig(2, 32, 4, 2, mlp_width=48, max_length=64, encoder_layers=3)
 MODELS = {
     "rotary": scratch_model(SHAPE, 61),
     "t5": network(family_of(ENCODER_DECODERS["t5_gated"]).read_config(ENCODER_DECODERS["t5_gated"])),
