@@ -5,14 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from experiments.train_config import TrainConfig
 from finetune.state import Method, part_tuning
 from models.encoder_decoder import Network, decoder_only
 from models.errors import InputError
-from models.joined import Part, is_trained, join
+from models.joined import Part, join, trained_apart
 from models.sharding import place
 from models.weights.load import load_model
 from models.weights.tokenizer import Tokenizer
@@ -32,9 +31,7 @@ def joined(config: TrainConfig, model: Network, params: Any, tokenizer: Tokenize
 
 def encoder_tuning(params: Any, mesh: Mesh) -> tuple[Method, dict, Any, Callable[[Any], Any]]:
     """Returns (method, no frozen values, what is trained, function to what stays) of a joined model."""
-    flat = flatten_dict(params, sep="/")
-    kept, trained = ({k: v for k, v in flat.items() if is_trained(k) == side} for side in (False, True))
-    trainable = unflatten_dict({k: jnp.array(v, jnp.float32) for k, v in trained.items()}, sep="/")
-    dtypes = unflatten_dict({k: v.dtype for k, v in trained.items()}, sep="/")
-    rest = unflatten_dict(kept, sep="/")
+    rest, trained = trained_apart(params)
+    dtypes = jax.tree.map(lambda value: value.dtype, trained)
+    trainable = jax.tree.map(lambda value: jnp.array(value, jnp.float32), trained)
     return part_tuning(dtypes), {}, place(trainable, mesh), lambda frozen: rest

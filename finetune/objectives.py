@@ -46,12 +46,14 @@ class BatchObjective(NamedTuple):
         loss: (parameters, own state, batch of arrays [B, ...]) -> (mean f32[], {name: f32[], `tokens` among them: how
             many were predicted}, what `follow` needs).
         follow: (own state, parameters behind the update, what `loss` has left) -> own state.
+        constants: None: what it reads, it carries.
     """
 
     prepare: Callable[[Any, int], Any]
     start: Callable[[Any], Any]
     loss: Callable[[Any, Any, Any], tuple[jax.Array, dict[str, jax.Array], Any]]
     follow: Callable[[Any, Any, Any], Any]
+    constants: None = None
 
 
 def cross_entropy(z_loss: float = 0.0) -> Objective:

@@ -120,9 +120,8 @@ class Batches:
         falling = -np.sort(-self._keys)
         self._bins = pack(falling, length) if packing else [[place] for place in range(len(rows))]
         widths = np.full(len(self._bins), length) if packing else falling
-        self._groups = [
-            (divmod(int(width), self._span), np.flatnonzero(widths == width)) for width in np.unique(widths)
-        ]
+        each = [(divmod(int(width), self._span), widths == width) for width in np.unique(widths)]
+        self._groups = [(shape, np.flatnonzero(chosen)) for shape, chosen in each]
         self._count = sum(-(-len(group) // batch_size) for _, group in self._groups)
         self._epoch = self._plan(0)
 

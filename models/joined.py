@@ -32,18 +32,21 @@ class JoinConfig:
 
     Attributes:
         encoder: the model whose layers become the encoder, as `load_model` takes it; of the decoder's tokenizer.
+        encoder_layers: of these, the first ones that are used; None: all of them.
         cross_layers: layers of the decoder, the last ones, that attend to what was read.
         start_token: what the written text begins with; the paper: the end of text.
     """
 
     encoder: str
+    encoder_layers: int | None = None
     cross_layers: int = 1
     start_token: int = 0
 
     def __post_init__(self) -> None:
-        if self.cross_layers < 1 or self.start_token < 0:
+        if min(self.cross_layers, self.encoder_layers or 1) < 1 or self.start_token < 0 or self.encoder_layers == 0:
             raise InputError(
-                f"cross_layers must be at least 1 and start_token 0, got {self.cross_layers} and {self.start_token}"
+                "cross_layers and encoder_layers must be at least 1 and start_token 0, got "
+                f"{self.cross_layers}, {self.encoder_layers} and {self.start_token}"
             )
 
 
@@ -58,14 +61,17 @@ def join_config(encoder: DecoderConfig, decoder: DecoderConfig, settings: JoinCo
     """Returns the config of the joined model.
 
     Raises:
-        InputError: more cross-attention than layers, vocabularies of two sizes, or a start token in neither.
+        InputError: more layers than there are, vocabularies of two sizes, or a start token in neither.
     """
     if settings.cross_layers > decoder.num_layers:
         raise InputError(
             f"cross_layers {settings.cross_layers} is more than the decoder's layers, {decoder.num_layers}"
         )
+    if (settings.encoder_layers or 1) > encoder.num_layers:
+        raise InputError(f"encoder_layers {settings.encoder_layers} is more than the encoder has, {encoder.num_layers}")
     if settings.start_token >= decoder.vocab_size:
         raise InputError(f"start_token {settings.start_token} is not one of the decoder's {decoder.vocab_size} tokens")
+    encoder = dataclasses.replace(encoder, blocks=encoder.blocks[: settings.encoder_layers])
     first = decoder.num_layers - settings.cross_layers
     blocks = tuple(_crossed(block) if i >= first else block for i, block in enumerate(decoder.blocks))
     return EncoderDecoderConfig(
@@ -84,15 +90,19 @@ def join(encoder: Part, decoder: Part, settings: JoinConfig, key: jax.Array) -> 
     """Returns the joined model and its parameters: those of both, and fresh ones where it has more.
 
     Args:
-        encoder: what reads; its output matrix is left behind.
+        encoder: what reads; its output matrix and the layers that are not used are left behind.
         decoder: what writes.
         settings: how they are joined.
         key: of the fresh parameters.
     """
     model = EncoderDecoder(join_config(encoder.config, decoder.config, settings))
     given = {f"decoder/{path}": value for path, value in flatten_dict(decoder.params, sep="/").items()}
+    unused = (
+        "unembedding/",
+        *(f"layers_{i}/" for i in range(len(model.config.encoder.blocks), encoder.config.num_layers)),
+    )
     read = flatten_dict(encoder.params, sep="/").items()
-    given |= {f"encoder/{path}": value for path, value in read if not path.startswith("unembedding/")}
+    given |= {f"encoder/{path}": value for path, value in read if not path.startswith(unused)}
 
     @jax.jit
     def fresh(key: jax.Array) -> dict[str, jax.Array]:
@@ -100,6 +110,13 @@ def join(encoder: Part, decoder: Part, settings: JoinConfig, key: jax.Array) -> 
         return {path: value for path, value in made.items() if path not in given}
 
     return model, unflatten_dict({**fresh(key), **given}, sep="/")
+
+
+def trained_apart(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns (what stays, what is trained) of a joined model's parameters, or of their shapes."""
+    flat = flatten_dict(params, sep="/")
+    kept, trained = ({k: v for k, v in flat.items() if is_trained(k) == side} for side in (False, True))
+    return unflatten_dict(kept, sep="/"), unflatten_dict(trained, sep="/")
 
 
 def is_trained(path: str) -> bool:

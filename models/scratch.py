@@ -73,13 +73,13 @@ class ScratchConfig:
 
     Attributes:
         layers: L; of a model with an encoder, those of the decoder.
-        encoder_layers: of the encoder; 0: a decoder-only model.
         width: D.
         heads: query heads H, each D / H wide.
         kv_heads: key/value heads K.
         mlp_width: F, of the MLP or of a token's experts together.
         activation: of the MLP or the experts.
         gated: whether these are gated.
+        bias: whether linear layers have biases.
         experts: in place of each MLP; None: there are none.
         max_length: tokens; the longest context, and the longest text that an encoder reads.
         tokenizer: "bytes", "stories" (a word each, of the stories that code writes), "othello" (its moves), "code"
@@ -90,16 +90,17 @@ class ScratchConfig:
     """
 
     layers: int = 6
-    encoder_layers: int = 0
     width: int = 256
     heads: int = 4
     kv_heads: int = 2
     mlp_width: int = 768
     activation: Activation = "silu"
     gated: bool = True
+    bias: bool = False
     experts: ExpertsConfig | None = None
     max_length: int = 512
     tokenizer: str = "bytes"
+    encoder_layers: int = 0
     embedding_width: int | None = None
     matching: bool = False
 
@@ -119,13 +120,15 @@ class ScratchConfig:
 
 def feed_forward(config: ScratchConfig) -> MLPConfig | MoEConfig:
     """Returns what stands behind each attention; raises InputError for experts that cannot be."""
-    mlp = MLPConfig(config.mlp_width, config.activation, config.gated)
+    mlp = MLPConfig(config.mlp_width, config.activation, config.gated, config.bias)
     return mlp if config.experts is None else config.experts.instead_of(mlp)
 
 
 def scratch_model(config: ScratchConfig, vocab_size: int) -> Network:
     """Returns the network for a vocabulary; what the decoder of one with an encoder writes begins with token 0."""
-    attention = AttentionConfig(config.heads, config.kv_heads, config.width // config.heads, rope=RopeConfig())
+    attention = AttentionConfig(
+        config.heads, config.kv_heads, config.width // config.heads, config.bias, config.bias, rope=RopeConfig()
+    )
     norm = NormConfig("rms", 1e-5)
     block = BlockConfig(attention, feed_forward(config), norm)
 

@@ -16,7 +16,7 @@ from models.config import config_from_dict, config_to_dict
 from models.encoder_decoder import EncoderDecoder, init_params, network
 from models.errors import InputError
 from models.families import family_of
-from models.joined import JoinConfig, is_trained, join_config
+from models.joined import JoinConfig, Part, is_trained, join, join_config
 from models.weights.assemble import parameter_shapes
 from models.weights.load import load_model
 from models.weights.orbax import save_model
@@ -110,6 +110,17 @@ def test_a_closed_gate_leaves_the_decoder_bit_for_bit(pair, tmp_path):
     assert np.abs(model.apply({"params": fresh}, targets(), source=SOURCE).logits - expected).max() > 1e-5
 
 
+def test_the_first_layers_of_a_model_as_the_encoder(pair):
+    _, params, decoder, own = pair
+    settings = JoinConfig("gpt2", encoder_layers=1, cross_layers=2)
+    model, found = join(Part(decoder.config, own), Part(decoder.config, own), settings, jax.random.key(0))
+    assert [block.cross is None for block in model.config.decoder.blocks] == [True, False, False]
+    assert set(found["encoder"]) == {"embedding", "positions", "layers_0", "final_norm"} and "bridge" not in found
+    shapes = jax.tree.map(jnp.shape, init_params(model, jax.random.key(0)))
+    assert jax.tree.map(jnp.shape, found) == shapes
+    np.testing.assert_array_equal(found["encoder"]["embedding"]["embedding"], own["embedding"]["embedding"])
+
+
 def test_what_is_trained_of_a_joined_model(pair):
     """The encoder, the bridge and the cross-attention; every number of the decoder's own stays."""
     _, params, _, own = pair
@@ -151,8 +162,11 @@ def test_what_does_not_fit_together_is_said(pair, bimodal):
         join_config(model.config.encoder, decoder.config, JoinConfig("t5", cross_layers=4))
     with pytest.raises(InputError, match="start_token 61 is not one of the decoder's 61 tokens"):
         join_config(model.config.encoder, decoder.config, JoinConfig("t5", start_token=61))
-    with pytest.raises(InputError, match="cross_layers must be at least 1"):
-        JoinConfig("t5", cross_layers=0)
+    with pytest.raises(InputError, match="encoder_layers 9 is more than the encoder has, 2"):
+        join_config(model.config.encoder, decoder.config, JoinConfig("t5", encoder_layers=9))
+    for settings in ({"cross_layers": 0}, {"encoder_layers": 0}, {"start_token": -1}):
+        with pytest.raises(InputError, match="cross_layers and encoder_layers must be at least 1"):
+            JoinConfig("t5", **settings)
     with pytest.raises(InputError, match="width 20 cannot read the embedding of a decoder of width 32"):
         dataclasses.replace(model.config, own_embedding=False)
     with pytest.raises(InputError, match="needs an embedding_width, and cannot have matching"):
