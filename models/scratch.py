@@ -85,6 +85,7 @@ class ScratchConfig:
         tokenizer: "bytes", "stories" (a word each, of the stories that code writes), "othello" (its moves), "code"
             (`finetune.code_tokenizer`: pairs of texts and functions), or a model (a name or a path) whose tokenizer is
             used.
+        encoder_layers: of an encoder that reads prompts; 0: a decoder-only model.
         embedding_width: E of a vector for each text that an encoder reads; null: there is none.
         matching: whether there is a head that tells whether two texts belong together; needs an encoder.
     """
