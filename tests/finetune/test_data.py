@@ -59,7 +59,7 @@ def test_generated_data_has_rows_and_questions():
 @pytest.mark.parametrize("source", ["generated", "library"])
 def test_descriptions_are_read_and_functions_are_written(source):
     tokenizer, config = code_tokenizer(), CodeData(source=source, size=12, test_size=6)
-    data = read_data(config, tokenizer, 1500, Pairs(0, 400))
+    data = read_data(config, tokenizer, 20_000, Pairs(0, 4000))
     assert (len(data.train), len(data.test), len(data.questions)) == (12, 6, 6)
     rows, question = data.test, data.questions[0]
     assert tokenizer.decode(rows.sources[: rows.source_starts[1]]) == question.example.prompt
