@@ -80,7 +80,9 @@ class RoeTableConfig:
     run: TrainConfig = TrainConfig(scratch=_SHAPE, adapter=None, data=RecordsData(), packing=False)
     teacher: ScratchConfig = ScratchConfig(tokenizer="stories")  # decoder-only, of the same tokenizer
     label_share: float = 0.1  # weight of the labels beside a teacher
-    latency: ScratchConfig = ScratchConfig(encoder_layers=12)  # the shape whose speed is measured, dealt out likewise
+    latency: ScratchConfig = ScratchConfig(
+        encoder_layers=12, max_length=8192
+    )  # the shape whose speed is measured, dealt out likewise
     rows: tuple[RoeRow, ...] = (RoeRow(),)
     claims: tuple[TrainClaim, ...] = ()
     preset: Literal["smoke", "cpu", "gpu"] = "cpu"
