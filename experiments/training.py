@@ -210,9 +210,17 @@ def _objective(config: TrainConfig, base: Base, mesh: Mesh) -> Objective:
                 f"the teacher {config.objective.teacher} reads other tokens than the model {base.name}: take a teacher "
                 "with the same tokenizer"
             )
+    stops = tuple(base.tokenizer.stop_ids)
     lengths = (config.source_length or config.length, config.length)
     return make_objective(
-        config.objective, base.model, base.params, base.tokenizer.vocab_size, teacher, base.tokenizer, lengths
+        config.objective,
+        base.model,
+        base.params,
+        base.tokenizer.vocab_size,
+        teacher,
+        stops,
+        tokenizer=base.tokenizer,
+        lengths=lengths,
     )
 
 
