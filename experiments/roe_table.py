@@ -101,8 +101,8 @@ class RoeTableConfig:
         for preset in (self.presets.smoke, self.presets.cpu, self.presets.gpu):
             if not set(preset.rows) <= set(names):
                 raise ValueError(f"a preset's rows must choose among the rows of this table: {', '.join(names)}")
-            if max(preset.lengths) + preset.new_tokens > self.latency.max_length:
-                raise ValueError(f"latency.max_length {self.latency.max_length} is less than is read and written")
+        if max(self.size.lengths) + self.size.new_tokens > self.latency.max_length:
+            raise ValueError(f"latency.max_length {self.latency.max_length} is less than is read and written")
         for row in self.rows:
             if row.samples and not (row.taught and row.reads):
                 raise ValueError(f"row {row.name!r} is taught on samples: it must be taught, and have layers that read")

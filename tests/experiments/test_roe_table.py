@@ -27,6 +27,7 @@ latency: {layers: 1, encoder_layers: 2, width: 16, heads: 2, kv_heads: 1, mlp_wi
 rows:
   - {name: plain}
   - {name: taught, reads: 0.667, taught: true, samples: true}
+preset: smoke
 presets: {smoke: {steps: 2, teacher_steps: 2, examples: 2, lengths: [16, 32], new_tokens: 3, repeats: 1}}
 claims:
   - {text: the claim, row: taught, than: plain}
