@@ -18,7 +18,7 @@ run:
   optimizer: {learning_rate: 1e-2, warmup: 0.0}
   batch_size: 4
   source_length: 32
-  length: 16
+  length: 7
   packing: false
   evaluation: {batches: 1, max_new_tokens: 6}
   saving: {every: 100}
@@ -26,7 +26,8 @@ teacher: {layers: 1, width: 16, heads: 2, kv_heads: 1, mlp_width: 24, max_length
 latency: {layers: 1, encoder_layers: 2, width: 16, heads: 2, kv_heads: 1, mlp_width: 32, max_length: 64}
 rows:
   - {name: plain}
-  - {name: taught, reads: 0.667, taught: true}
+  - {name: taught, reads: 0.667, taught: true, samples: true}
+preset: smoke
 presets: {smoke: {steps: 2, teacher_steps: 2, examples: 2, lengths: [16, 32], new_tokens: 3, repeats: 1}}
 claims:
   - {text: the claim, row: taught, than: plain}
