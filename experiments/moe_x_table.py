@@ -222,7 +222,7 @@ class Probe(NamedTuple):
 
 def _read_probe(config: MoeXTableConfig, part: Part) -> Probe:
     """Returns the texts of a part."""
-    from experiments.training import scratch_tokenizer
+    from experiments.scratch_tokenizers import scratch_tokenizer
     from finetune import othello, stories
 
     data, half = config.data(part), config.size.texts

@@ -34,7 +34,8 @@ class RoeRow:
 
     name: str = "decoder-only"
     reads: float = 0.0  # share of the layers that read; 0: a decoder-only model
-    taught: bool = False
+    taught: bool = False  # whether it learns from the teacher, beside the labels
+    samples: bool = False  # whether what it is taught on is what it writes itself
     paper: str = ""  # what the paper reports, in words and figures
 
 
@@ -80,7 +81,9 @@ class RoeTableConfig:
     run: TrainConfig = TrainConfig(scratch=_SHAPE, adapter=None, data=RecordsData(), packing=False)
     teacher: ScratchConfig = ScratchConfig(tokenizer="stories")  # decoder-only, of the same tokenizer
     label_share: float = 0.1  # weight of the labels beside a teacher
-    latency: ScratchConfig = ScratchConfig(encoder_layers=12)  # the shape whose speed is measured, dealt out likewise
+    latency: ScratchConfig = ScratchConfig(
+        encoder_layers=12, max_length=8192
+    )  # the shape whose speed is measured, dealt out likewise
     rows: tuple[RoeRow, ...] = (RoeRow(),)
     claims: tuple[TrainClaim, ...] = ()
     preset: Literal["smoke", "cpu", "gpu"] = "cpu"
@@ -98,9 +101,11 @@ class RoeTableConfig:
         for preset in (self.presets.smoke, self.presets.cpu, self.presets.gpu):
             if not set(preset.rows) <= set(names):
                 raise ValueError(f"a preset's rows must choose among the rows of this table: {', '.join(names)}")
-            if max(preset.lengths) + preset.new_tokens > self.latency.max_length:
-                raise ValueError(f"latency.max_length {self.latency.max_length} is less than is read and written")
+        if max(self.size.lengths) + self.size.new_tokens > self.latency.max_length:
+            raise ValueError(f"latency.max_length {self.latency.max_length} is less than is read and written")
         for row in self.rows:
+            if row.samples and not (row.taught and row.reads):
+                raise ValueError(f"row {row.name!r} is taught on samples: it must be taught, and have layers that read")
             split(self.run.scratch, row.reads), split(self.latency, row.reads)
         for claim in self.claims:
             if not {claim.row, claim.than} <= set(names):
@@ -131,7 +136,7 @@ def measure(config: RoeTableConfig) -> dict[str, Figures]:
 
 def shaped(shape: ScratchConfig, reads: float) -> ScratchConfig:
     """Returns the shape that a row has: layers dealt out anew, and as many parameters as before."""
-    from experiments.training import scratch_tokenizer
+    from experiments.scratch_tokenizers import scratch_tokenizer
 
     return matched(split(shape, reads), shape, scratch_tokenizer(shape.tokenizer).vocab_size)
 
@@ -150,7 +155,7 @@ def _trained(config: RoeTableConfig, row: RoeRow) -> Figures:
     """Returns the figures of a row's training, the mean of its seeds."""
     rate, objective = config.run.optimizer.learning_rate, CrossEntropyConfig()
     if row.taught:
-        objective = DistillationConfig(_teacher(config), label_share=config.label_share)
+        objective = DistillationConfig(_teacher(config), label_share=config.label_share, on_samples=row.samples)
     run = row_run(config, shaped(config.run.scratch, row.reads), config.size.steps)
     cell = TrainRow(row.name, adapter=None, objective=objective)
     runs = [train_table.run_cell(config.folder, cell, rate, seed, run)[0] for seed in range(config.size.seeds)]
@@ -186,7 +191,7 @@ def _measure_speeds(shapes: list[ScratchConfig], size: RoePreset) -> list[Figure
     import jax
 
     from experiments.timed import alternate
-    from experiments.training import scratch_tokenizer
+    from experiments.scratch_tokenizers import scratch_tokenizer
     from models.encoder_decoder import init_params
 
     found: list[Figures] = []

@@ -16,7 +16,7 @@ def describe(config: TrainConfig) -> str:
     import jax
     import jax.numpy as jnp
 
-    from experiments.training import scratch_tokenizer
+    from experiments.scratch_tokenizers import scratch_tokenizer
     from finetune import state
     from finetune.adapters import make_adapter
     from finetune.codet5plus import CodeT5PlusConfig, slow_part

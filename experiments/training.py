@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from experiments.config import dump_config, save_config
 from experiments.joining import encoder_tuning, joined
 from experiments.kept import locked
+from experiments.scratch_tokenizers import scratch_tokenizer
 from experiments.train_config import TrainConfig
 from experiments.train_report import CompiledStep, Evaluator, Figures, Reporter
 from finetune import state as states
@@ -77,25 +78,6 @@ class Run(NamedTuple):
     constants: Constants
     state: TrainState
     step: Callable
-
-
-def scratch_tokenizer(name: str) -> Tokenizer:
-    """Returns the tokenizer of a new model: that of its kind of texts (`bytes`, `code`, `othello`, `stories`), or the
-    one of a model (a name or a path).
-    """
-    from finetune.code_tokenizer import code_tokenizer
-    from finetune.othello import othello_tokenizer
-    from finetune.stories import story_tokenizer
-    from models.weights.byte_tokenizer import byte_tokenizer
-    from models.weights.load import load_model
-
-    own = {
-        "bytes": byte_tokenizer,
-        "code": code_tokenizer,
-        "othello": othello_tokenizer,
-        "stories": story_tokenizer,
-    }
-    return own[name]() if name in own else load_model(name).tokenizer
 
 
 def load_base(config: TrainConfig, mesh: Mesh) -> Base:
@@ -210,9 +192,17 @@ def _objective(config: TrainConfig, base: Base, mesh: Mesh) -> Objective:
                 f"the teacher {config.objective.teacher} reads other tokens than the model {base.name}: take a teacher "
                 "with the same tokenizer"
             )
+    stops = tuple(base.tokenizer.stop_ids)
     lengths = (config.source_length or config.length, config.length)
     return make_objective(
-        config.objective, base.model, base.params, base.tokenizer.vocab_size, teacher, base.tokenizer, lengths
+        config.objective,
+        base.model,
+        base.params,
+        base.tokenizer.vocab_size,
+        teacher,
+        stops,
+        tokenizer=base.tokenizer,
+        lengths=lengths,
     )
 
 

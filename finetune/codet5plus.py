@@ -18,7 +18,8 @@ text. What is drawn at random follows from the seed, the update and the row itse
 Deviations. The temperature is a setting, and there are no soft targets (the paper names neither; both are in ALBEF,
 whose losses these are). Queues begin empty and are masked until they are full, where ALBEF begins with random vectors.
 Negatives for matching come from the batch, as vectors alone cannot be decoded. Pairs with an equal text or an equal
-function are nobody's negatives. All losses see the same rows, in one update.
+function are nobody's negatives. All losses see the same rows, in one update; the paper's first updates, of denoising
+alone, are a run of their own. Texts that are compared have [CLS] in front, those that are read for writing have not.
 
 Axis letters: B rows, S tokens that are read, T tokens that are written, K entries of the queue, E width of a vector,
 D model width, V vocabulary.

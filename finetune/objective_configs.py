@@ -37,6 +37,7 @@ def make_objective(
     params: Any,
     num_tokens: int,
     teacher: tuple[Network, Any] | None = None,
+    stop_tokens: tuple[int, ...] = (),
     tokenizer: Tokenizer | None = None,
     lengths: tuple[int, int] | None = None,
 ) -> Objective | BatchObjective:
@@ -48,6 +49,7 @@ def make_objective(
         params: its parameters at the start; read now, never kept.
         num_tokens: ids of the tokenizer; a model's vocabulary may have rows behind them, as padding.
         teacher: (network, parameters) of the model that a `DistillationConfig` names, of the same tokenizer.
+        stop_tokens: that end what a model writes, where an objective lets it write.
         tokenizer: of the model; objectives that look at tokens need it.
         lengths: tokens of the longest text that an encoder reads, and of the longest row; for objectives on pairs.
 
@@ -62,7 +64,7 @@ def make_objective(
         if teacher is None:
             raise InputError("distillation needs a teacher: pass teacher=(model, params)")
         _check_tokens("the teacher", teacher[0], num_tokens)
-        return distillation(config, *teacher, num_tokens)
+        return distillation(config, *teacher, num_tokens, model, stop_tokens)
     if isinstance(config, CodeT5PlusConfig):
         return codet5plus(config, model, tokenizer, lengths)
     return cross_entropy(config.z_loss)

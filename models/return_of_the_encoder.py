@@ -60,8 +60,8 @@ def split(shape: ScratchConfig, share: float) -> ScratchConfig:
 def matched(shape: ScratchConfig, like: ScratchConfig, vocab_size: int) -> ScratchConfig:
     """Returns a shape with as many parameters as another one, as nearly as the width of its MLPs can make it.
 
-    Embeddings count on both sides. Cross attention is what an encoder-decoder of the same layers has more; a decoder-only
-    model gets wider MLPs for it.
+    Embeddings count on both sides. Cross attention is what an encoder-decoder of the same layers has more; a
+    decoder-only model gets wider MLPs for it.
 
     Raises:
         InputError: the rest of the shape alone has more parameters.

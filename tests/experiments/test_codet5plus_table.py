@@ -26,8 +26,8 @@ RUN = """
     adapter: null
     data: {type: code, size: 24, test_size: 0}
     batch_size: 4
-    length: 72
-    source_length: 32
+    length: 48
+    source_length: 28
     packing: false
     evaluation: {every: 0, batches: 0, examples: 0}
 """

@@ -10,7 +10,7 @@ from finetune.code_tokenizer import code_tokenizer
 from models.config import AttentionConfig, BlockConfig, DecoderConfig, EncoderDecoderConfig, MLPConfig, NormConfig
 from models.encoder_decoder import EncoderDecoder
 
-ROWS, WIDE, READ = 4, 72, 32
+ROWS, WIDE, READ = 4, 48, 28
 
 
 class Source(NamedTuple):
