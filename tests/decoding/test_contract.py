@@ -45,6 +45,7 @@ SMALL = {  # options of methods that take long to compile, or that would read al
     "dyspec": {"budget": 5, "frontier": 3, "depth": 3},
     "eagle": {"nodes": 9, "offsets": 3},
     "hidden_transfer": {"nodes": 9, "head": HiddenTransferConfig(layers=(0, 1, 1))},
+    "knob": {"layer": 1, "direction": tuple(range(-7, 25)), "strength": 3.0},
     "lserve": {
         "budget": 6,
         "page": 2,
