@@ -237,7 +237,7 @@ def train_direction(
 
 
 class SavedDirection(NamedTuple):
-    """A direction as it was saved: where it acts, f32[D], figures, the model, and the tuned one that it was found in."""
+    """A direction as saved: where it acts, f32[D], figures, the model, and the tuned one that it was found in."""
 
     layer: int
     direction: np.ndarray
