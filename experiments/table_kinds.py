@@ -3,7 +3,18 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from experiments import method_table, moe_x_pages, moe_x_table, train_pages, train_table, yi_pages, yi_table
+from experiments import (
+    knob_config,
+    knob_pages,
+    knob_table,
+    method_table,
+    moe_x_pages,
+    moe_x_table,
+    train_pages,
+    train_table,
+    yi_pages,
+    yi_table,
+)
 
 
 def _no_check(config: Any) -> None:
@@ -27,4 +38,5 @@ KINDS: dict[str | None, Kind] = {
     "moe_x": Kind(moe_x_table.MoeXTableConfig, moe_x_table.measure, moe_x_pages.write_table),
     "training": Kind(train_table.TrainTableConfig, train_table.measure, train_pages.write_table),
     "yi": Kind(yi_table.YiTableConfig, yi_table.measure, yi_pages.write_table),
+    "knob": Kind(knob_config.KnobTableConfig, knob_table.measure, knob_pages.write_table),
 }
