@@ -3,6 +3,7 @@
 from decoding.autoregressive import GREEDY, SAMPLE
 from decoding.entropy_adaptive import ENTROPY_ADAPTIVE
 from decoding.grammar.constrained import CONSTRAINED
+from decoding.knob import KNOB
 from decoding.method import Method
 from decoding.search.beam import BEAM
 from decoding.search.contrastive import CONTRASTIVE
@@ -41,6 +42,7 @@ METHODS: dict[str, Method] = {
     "eagle": EAGLE,
     "entropy_adaptive": ENTROPY_ADAPTIVE,
     "hidden_transfer": HIDDEN_TRANSFER,
+    "knob": KNOB,
     "lserve": LSERVE,
     "medusa": MEDUSA,
     "ppd": PPD,

@@ -114,6 +114,7 @@ def test_methods_and_options_exist(file):
         assert set(options) <= {field.name for field in dataclasses.fields(METHODS[method].options)}
         measured = {"latency": CURVE} if options.get("latency") == MEASURED else {}
         measured |= {"gates": ((0.5,),)} if isinstance(options.get("gates"), str | int) else {}
+        measured |= {"direction": (1.0,)} if isinstance(options.get("direction"), str) else {}
         METHODS[method].options(**{**options, **measured})
 
 
