@@ -39,6 +39,30 @@ class Output:
     aux: Any
 
 
+@struct.dataclass
+class Inserted:
+    """Embeddings that stand in place of tokens: in row b at positions start[b] to start[b] + N - 1.
+
+    Attributes:
+        values: [B, N, D], on the scale of embedded tokens: what a config does to embeddings is not done to them.
+        start: i32[B].
+    """
+
+    values: jax.Array
+    start: jax.Array
+
+    def within(self, positions: jax.Array) -> jax.Array:
+        """Returns bool[B, T]: which of the positions i32[B, T] are those of inserted embeddings."""
+        place = positions - self.start[:, None]
+        return (place >= 0) & (place < self.values.shape[1])
+
+    def over(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Returns x [B, T, D] at positions i32[B, T] with the inserted embeddings in their places."""
+        place = jnp.clip(positions - self.start[:, None], 0, self.values.shape[1] - 1)
+        new = jnp.take_along_axis(self.values, place[..., None], axis=1)
+        return jnp.where(self.within(positions)[..., None], new.astype(x.dtype), x)
+
+
 class Block(nn.Module):
     """One pre-norm transformer block: [B, T, D] -> [B, T, D]."""
 
@@ -110,10 +134,13 @@ class Decoder(nn.Module):
         x, hidden, cache, aux = self.layers(x, positions, cache, attend, ctx, collect=collect, encoded=encoded)
         return Output(self.unembed(x), hidden, cache, aux)
 
-    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """Maps tokens i32[B, T] at positions i32[B, T] to the residual stream [B, T, D]."""
+    def embed(self, tokens: jax.Array, positions: jax.Array, inserted: Inserted | None = None) -> jax.Array:
+        """Maps tokens i32[B, T] at positions i32[B, T] to the residual stream [B, T, D]; those in whose places
+        embeddings are inserted may be any.
+        """
         x = self.embedding(tokens)
         x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        x = x if inserted is None else inserted.over(x, positions)
         return x + self.positions(positions) if self.config.learned_positions else x
 
     def layers(
