@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from experiments.reproduce import TableRow
+    from experiments.method_table import TableRow
 
 
 def head_section(rows: Sequence["TableRow"]) -> list[str]:

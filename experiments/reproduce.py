@@ -1,254 +1,18 @@
-"""Measures a table of methods: `python -m experiments.reproduce configs/tables/spec_bench.yaml --preset smoke`.
+"""Measures a table: `python -m experiments.reproduce configs/tables/spec_bench.yaml --preset smoke`.
 
-Every row is a method, every column a task of the questions file; the first row is plain decoding. Tasks go one after
-another and all rows of a task one behind the other, so that a slow hour of the machine meets them all. A cell that is
-measured is kept and not measured again; an interrupted run goes on where it stopped. Plain decoding is measured again
-for a task of which anything else is: every cell keeps what plain decoding took in its own run. Writes
-table.md, table.csv, plot.png and runs/ to results/<table>/<preset>. A config of `type: training` is a table of training
-runs (`experiments.train_table`), one of `type: yi` Yi's (`experiments.yi_table`).
+What a table shows depends on its config's `type` (`experiments.table_kinds`); without one its rows are methods and its
+columns tasks (`experiments.method_table`). What is measured is kept and not measured again; an interrupted run goes on
+where it stopped. Writes table.md, table.csv, plot.png and the raw runs to results/<table>/<preset>.
 """
 
-import dataclasses
 import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
 
-from experiments.cells import Cell, Retrieval, load_cell, save_cell
 from experiments.config import chosen_type, load_config, save_config
-from experiments.corpus import spare_questions, stamp
-from experiments.decode import SamplingSettings
-from experiments.generated import generate
-from experiments.kept import cell_key, locked
-from experiments.questions import Question, read_questions
-from experiments.rows import Rows
+from experiments.kept import locked
 from experiments.runtime import run_main, setup_runtime
-from experiments.tables import write_table
-from experiments.train_acceptance_head import ensure_head, head_stamp
-from models.errors import InputError, unknown_name
-
-_PROG = "python -m experiments.reproduce"
-_DESCRIPTION = (__doc__ or "").split("\n")[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class TableRow:
-    """A row: a method and how it is set."""
-
-    name: str = "plain"
-    method: str = "greedy"
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # the method's own static options
-    sampling: SamplingSettings = SamplingSettings()
-    draft: bool = False  # drafts with the table's draft model
-    retrieval: Retrieval | None = None  # shortens documents; None: they are read whole
-    head: Path | None = None  # the draft's acceptance head, or the model's own draft head, for methods that use one
-    train: Path | None = None  # the config that trains the head where it does not exist yet
-    paper: str = ""  # what the paper reports, in words and figures
-    # Questions of the file, of those that no cell asks, whose replies by the target an ADED table starts from. Not in
-    # the repr, and so in no cell's key: `measure` puts the questions themselves there.
-    corpus: int = dataclasses.field(default=0, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.corpus < 0 or (self.corpus and self.method != "aded"):
-            raise ValueError(f"row {self.name!r}: corpus is a number of questions, and only for aded")
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """Something a paper says that the table can answer: the measure of `row` is above `factor` times that of `than`."""
-
-    text: str = ""
-    row: str = ""
-    than: str = "plain"
-    measure: Literal["mat", "speedup", "break_even", "correct", "acceptance", "by_target"] = "mat"
-    factor: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Preset:
-    """How much is measured."""
-
-    per_task: int = 1  # questions of each task
-    max_new_tokens: int = 64  # per turn
-    tasks: tuple[str, ...] = ()  # which tasks; none: all of the file's
-    rows: tuple[str, ...] = ()  # which rows besides plain; none: all
-    document_words: int = 400  # length of generated documents
-
-    def __post_init__(self) -> None:
-        if self.per_task < 1 or self.max_new_tokens < 1:
-            raise ValueError("per_task and max_new_tokens must be at least 1")
-        if self.document_words < 60:
-            raise ValueError("document_words must be at least 60")
-
-
-@dataclasses.dataclass(frozen=True)
-class Presets:
-    """The sizes that a table can be run at."""
-
-    smoke: Preset = Preset(1, 16)
-    cpu: Preset = Preset(2, 64)
-    gpu: Preset = Preset(80, 1024)
-
-
-@dataclasses.dataclass(frozen=True)
-class TableConfig:
-    """A table."""
-
-    table: str = "spec_bench"  # its name, and its folder's
-    title: str = ""
-    model: str = "smollm2-135m-instruct"  # a registry name, a .gguf file, or a model folder
-    draft: str | None = None  # the model that drafts, for rows that say so
-    dtype: Literal["float32", "bfloat16"] | None = None  # None: as stored (GGUF: float32)
-    questions: Path = Path("configs/prompts/spec_bench.jsonl")  # a file in Spec-Bench's format, or a name on the hub
-    generate: tuple[str, ...] = ()  # tasks that code writes (experiments.generated), in place of the questions' file
-    long_prompts: bool = False  # each is read densely once for all rows; each task has caches of its own size
-    rows: tuple[TableRow, ...] = (TableRow(),)
-    claims: tuple[Claim, ...] = ()
-    preset: Literal["smoke", "cpu", "gpu"] = "cpu"
-    presets: Presets = Presets()
-    seed: int = 0
-    out: Path | None = None  # None: results/<table>/<preset>
-
-    def __post_init__(self) -> None:
-        names = [row.name for row in self.rows]
-        if len(set(names)) != len(names) or not names or names[0] != "plain":
-            raise ValueError("rows must have names of their own, and the first must be called plain")
-        for claim in self.claims:
-            if not {claim.row, claim.than} <= set(names):
-                raise ValueError(f"claim {claim.text!r} must compare rows of this table: {', '.join(names)}")
-        for preset in (self.presets.smoke, self.presets.cpu, self.presets.gpu):
-            if not set(preset.rows) <= set(names):
-                raise ValueError(f"a preset's rows must choose among the rows of this table: {', '.join(names)}")
-
-    @property
-    def size(self) -> Preset:
-        """The preset that is run."""
-        return getattr(self.presets, self.preset)
-
-    @property
-    def chosen(self) -> tuple[TableRow, ...]:
-        """The rows that are measured."""
-        return tuple(row for row in self.rows if not self.size.rows or row.name in ("plain", *self.size.rows))
-
-    @property
-    def folder(self) -> Path:
-        """Where results go."""
-        return self.out or Path("results") / self.table / self.preset
-
-
-def measure(config: TableConfig, questions: dict[str, list[Question]]) -> dict[tuple[str, str], Cell]:
-    """Returns {(row, task): cell}, measuring what is not yet kept in the config's folder."""
-    cells: dict[tuple[str, str], Cell] = {}
-    asked = {question.id for some in questions.values() for question in some}
-    corpora = {row.name: _corpus(config, row, asked) for row in config.chosen}
-    rows, keys = Rows(config, questions, corpora), _keys(config, questions, corpora)
-    plan = [(task, row) for task in questions for row in config.chosen]
-    paths = {(row.name, task): config.folder / "runs" / f"{task}--{row.name}.json" for task, row in plan}
-    found = {place: load_cell(path, keys[place]) for place, path in paths.items()}
-    for done, (task, row) in enumerate(plan):
-        cell, path = found[row.name, task], paths[row.name, task]
-        if row.name == "plain" and any(found[other.name, task] is None for other in config.chosen):
-            cell = None  # what is measured now is compared with plain decoding of now
-        kept = cell is not None
-        if cell is None:
-            ready = rows.ready(row, task)
-            cell = ready.measure(keys[row.name, task], questions[task], config.seed)
-            cell = cell.beside(cells.get(("plain", task), cell))
-            save_cell(path, cell, ready.warm)
-        rows.passed(row, path, measured=not kept)
-        cells[row.name, task] = cell
-        print(
-            f"{done + 1:>3}/{len(plan)} {task:<14} {row.name:<24} MAT {cell.mat:.2f}  "
-            f"{cell.tokens_per_second:6.1f} tokens/s{'  (kept)' if kept else ''}",
-            flush=True,
-        )
-    return cells
-
-
-def _keys(
-    config: TableConfig, questions: dict[str, list[Question]], corpora: dict[str, list[Question]]
-) -> dict[tuple[str, str], str]:
-    """Returns the fingerprint of every cell (row, task). A warm method's cell stands on those before it, and one with a
-    head or a corpus on that; prompts that are read for all rows are read densely.
-    """
-    keys: dict[tuple[str, str], str] = {}
-    for row in config.chosen:
-        history = head_stamp(row.head) + (stamp(corpora[row.name]) if row.corpus else "")
-        history += "long prompts" if config.long_prompts else ""
-        for task, asked in questions.items():
-            size = config.size.max_new_tokens
-            key = cell_key(config.model, config.draft, config.dtype, config.seed, size, row, asked)
-            history = keys[row.name, task] = cell_key(key, history)
-    return keys
-
-
-def _corpus(config: TableConfig, row: TableRow, asked: set[str]) -> list[Question]:
-    """Returns the questions whose replies the row starts from."""
-    return spare_questions(config.questions, asked, row.corpus) if row.corpus else []
-
-
-def read_tasks(config: TableConfig) -> dict[str, list[Question]]:
-    """Returns {task: questions} for the tasks of the config."""
-    per_task = config.size.per_task
-    if config.generate:
-        questions = generate(config.generate, per_task, config.seed, config.size.document_words)
-    else:
-        questions = read_questions(config.questions, per_task)
-    tasks = list(dict.fromkeys(question.task for question in questions))
-    for task in config.size.tasks:
-        if task not in tasks:
-            raise unknown_name(f"task of {config.table}", task, tasks)
-    wanted = config.size.tasks or tasks
-    return {task: [q for q in questions if q.task == task] for task in tasks if task in wanted}
-
-
-def _check_heads(config: TableConfig) -> None:
-    """Raises InputError where a row has a head that its method has no use for, or lacks the one that it needs."""
-    from decoding import METHODS
-
-    for row in config.rows:
-        own = row.method in METHODS and METHODS[row.method].own_head
-        if row.head is not None and not row.draft and not own:
-            raise InputError(f"row {row.name!r} has a head, which belongs to a draft: set draft to true")
-        if row.head is None and own:
-            raise InputError(f"row {row.name!r} drafts with a trained head: name its file in head")
-
-
-def _ensure_head(config: TableConfig, row: TableRow) -> None:
-    """Trains the head of a row where its file does not exist yet."""
-    if row.head is None:
-        return
-    if config.draft is not None and row.draft:
-        ensure_head(row.head, row.train, config.model, config.draft, config.dtype)
-    elif not row.draft:
-        from experiments.train_draft_head import ensure_draft_head
-
-        ensure_draft_head(row.head, row.train, config.model, config.dtype)
-
-
-def run_training_table(argv: Sequence[str]) -> str:
-    """Trains what is missing of a table of training runs and writes it; returns the page."""
-    from experiments import train_pages, train_table
-
-    config = load_config(train_table.TrainTableConfig, argv, prog=_PROG, description=_DESCRIPTION)
-    setup_runtime()
-    with locked(config.folder, "--out"):
-        save_config(config, config.folder / "config.yaml")
-        written = train_pages.write_table(config, *train_table.measure(config))
-    return f"\n{written}\nsaved in {config.folder}{os.sep}"
-
-
-def run_yi_table(argv: Sequence[str]) -> str:
-    """Measures what is missing of Yi's table and writes it; returns the page."""
-    from experiments import yi_pages, yi_table
-
-    config = load_config(yi_table.YiTableConfig, argv, prog=_PROG, description=_DESCRIPTION)
-    setup_runtime()
-    with locked(config.folder, "--out"):
-        save_config(config, config.folder / "config.yaml")
-        written = yi_pages.write_table(config, yi_table.measure(config))
-    return f"\n{written}\nsaved in {config.folder}{os.sep}"
+from experiments.table_kinds import KINDS
+from models.errors import unknown_name
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -256,21 +20,17 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
-    other_kinds = {"training": run_training_table, "yi": run_yi_table}
-    if chosen_type(argv) in other_kinds:
-        print(other_kinds[chosen_type(argv)](argv))
-        return
-    config = load_config(TableConfig, argv, prog=_PROG, description=_DESCRIPTION)
-    _check_heads(config)
-    questions = read_tasks(config)
+    name = chosen_type(argv)
+    if name not in KINDS:
+        raise unknown_name("type of a table", str(name), [kind for kind in KINDS if kind is not None])
+    kind = KINDS[name]
+    description = (__doc__ or "").split("\n")[0]
+    config = load_config(kind.config, argv, prog="python -m experiments.reproduce", description=description)
+    kind.check(config)
     setup_runtime()
     with locked(config.folder, "--out"):
-        (config.folder / "runs").mkdir(exist_ok=True)
         save_config(config, config.folder / "config.yaml")
-        for row in config.chosen:
-            _ensure_head(config, row)
-        cells = measure(config, questions)
-        written = write_table(config, cells, questions)
+        written = kind.write_table(config, kind.measure(config))
     print(f"\n{written}\nsaved in {config.folder}{os.sep}")
 
 

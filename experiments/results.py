@@ -1,7 +1,8 @@
 """Writes RESULTS.md from the saved runs of tables: `python -m experiments.results`.
 
-Takes up results/<table>/<preset>/table.md of every table config that has been run, in the order of the configs' names.
-Run it after `experiments.reproduce`; what it writes is never edited by hand.
+Takes up results/<table>/<preset>/table.md of every bench and table config that has been run, in the order of the
+configs' names; a section of the page as it stands stays where its bench or table has not been run here. Run it after
+`experiments.reproduce`; what it writes is never edited by hand.
 """
 
 import dataclasses
@@ -12,11 +13,10 @@ from typing import Any, Literal
 import yaml
 
 from experiments.config import chosen_type, dump_config, load_config
-from experiments.reproduce import TableConfig
 from experiments.runtime import run_main
-from experiments.train_table import TrainTableConfig
-from experiments.yi_table import YiTableConfig
+from experiments.table_kinds import KINDS
 from models.errors import InputError
+from models.weights.whole import whole_file
 
 _HEAD = """# Results
 
@@ -45,19 +45,24 @@ class ResultsConfig:
     out: Path = Path("RESULTS.md")
 
 
-def pages(config: ResultsConfig) -> list[tuple[str, str]]:
-    """Returns (command, page) of every table that has been run."""
-    commands = [
-        (path.stem, f"python -m experiments.reproduce {path} --preset {config.preset}")
-        for path in sorted(config.tables.glob("*.yaml"))
-    ]
-    found = []
-    for table, command in [*_BENCHES, *commands]:
+def pages(config: ResultsConfig) -> dict[str, tuple[str, str]]:
+    """Returns {command: (the flags that a saved run had besides, page)} of every bench and table that has been run."""
+    found = {}
+    for table, command in _commands(config):
         path = config.results / table / config.preset / "table.md"
         if path.is_file():
             flags = _flags(path.parent / "config.yaml", config.tables / f"{table}.yaml", config.preset)
-            found.append((command + flags, path.read_text(encoding="utf-8")))
+            found[command] = flags, path.read_text(encoding="utf-8")
     return found
+
+
+def _commands(config: ResultsConfig) -> list[tuple[str, str]]:
+    """Returns (folder of the results, command) of every bench and table there is."""
+    tables = sorted(config.tables.glob("*.yaml"))
+    return [
+        *_BENCHES,
+        *((path.stem, f"python -m experiments.reproduce {path} --preset {config.preset}") for path in tables),
+    ]
 
 
 def _flags(saved: Path, shipped: Path, preset: str) -> str:
@@ -65,7 +70,7 @@ def _flags(saved: Path, shipped: Path, preset: str) -> str:
     if not (saved.is_file() and shipped.is_file()):
         return ""
     argv = ["--config", str(shipped), "--preset", preset]
-    kind = {"training": TrainTableConfig, "yi": YiTableConfig}.get(chosen_type(argv), TableConfig)
+    kind = KINDS[chosen_type(argv)].config
     then = _flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
     now = _flat(yaml.safe_load(dump_config(load_config(kind, argv, prog="", description=""))))
     changed = {name: value for name, value in then.items() if name != "out" and value != now.get(name)}
@@ -88,14 +93,34 @@ def _shown(value: Any) -> str:
     return Path(value).name if isinstance(value, str) and value.startswith("/") else str(value)
 
 
-def render(found: list[tuple[str, str]]) -> str:
-    """Returns RESULTS.md: every page one heading lower, with its command."""
-    sections = [_HEAD]
-    for command, page in found:
-        title, _, rest = page.strip().partition("\n")
-        lowered = "\n".join(f"#{line}" if line.startswith("#") else line for line in rest.strip().splitlines())
-        sections.append(f"#{title}\n\n`{command}`\n\n{lowered}\n")
-    return "\n".join(sections)
+def section(command: str, page: str) -> str:
+    """Returns a section of RESULTS.md: a page one heading lower, with its command."""
+    title, _, rest = page.strip().partition("\n")
+    lowered = "\n".join(f"#{line}" if line.startswith("#") else line for line in rest.strip().splitlines())
+    return f"#{title}\n\n`{command}`\n\n{lowered}\n"
+
+
+def standing(text: str) -> dict[str, str]:
+    """Returns {command with its flags: section} of a RESULTS.md."""
+    found = {}
+    for part in text.split("\n## ")[1:]:
+        lines = part.split("\n")
+        if len(lines) > 2 and lines[2].startswith("`"):
+            found[lines[2].strip("`")] = f"## {part.strip()}\n"
+    return found
+
+
+def render(config: ResultsConfig, found: dict[str, tuple[str, str]]) -> str:
+    """Returns RESULTS.md: what has been run here, and of the rest the sections that stand."""
+    old = standing(config.out.read_text(encoding="utf-8")) if config.out.is_file() else {}
+    sections = []
+    for _, command in _commands(config):
+        if command in found:
+            flags, page = found[command]
+            sections.append(section(command + flags, page))
+        else:
+            sections += [text for whole, text in old.items() if f"{whole} ".startswith(f"{command} ")]
+    return "\n".join([_HEAD, *sections])
 
 
 def main() -> None:
@@ -109,8 +134,10 @@ def main() -> None:
             f"no table has been run with preset {config.preset}: nothing in {config.results}; run python -m "
             "experiments.reproduce first"
         )
-    config.out.write_text(render(found), encoding="utf-8")
-    print(f"{len(found)} tables in {config.out}")
+    text = render(config, found)
+    with whole_file(config.out) as partial:
+        partial.write_text(text, encoding="utf-8")
+    print(f"{len(found)} tables written to {config.out}, {len(standing(text)) - len(found)} kept as they stood")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from experiments.timed import SharedPrompts
 from models.errors import InputError
 
 if TYPE_CHECKING:
-    from experiments.reproduce import TableConfig, TableRow
+    from experiments.method_table import TableConfig, TableRow
 
 
 class Rows:

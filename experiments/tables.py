@@ -11,7 +11,7 @@ from experiments.head_pages import head_section
 from experiments.questions import Question
 
 if TYPE_CHECKING:
-    from experiments.reproduce import TableConfig
+    from experiments.method_table import TableConfig
 
 ALL = "all"
 SECTIONS = {

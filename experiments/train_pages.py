@@ -44,8 +44,9 @@ TEXT_COLUMNS = {
 }
 
 
-def write_table(config: "TrainTableConfig", rows: Rows, texts: Rows) -> str:
-    """Writes table.md, table.csv and plot.png to the config's folder and returns the Markdown."""
+def write_table(config: "TrainTableConfig", measured: tuple[Rows, Rows]) -> str:
+    """Writes table.md, table.csv and plot.png of (rows, rows of texts) to the config's folder; returns the Markdown."""
+    rows, texts = measured
     text = markdown(config, rows, texts)
     (config.folder / "table.md").write_text(text, encoding="utf-8")
     with (config.folder / "table.csv").open("w", newline="", encoding="utf-8") as file:

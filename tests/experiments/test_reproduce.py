@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from experiments import cells, reproduce
+from experiments import cells, method_table, reproduce
 from experiments.cells import Cell, total
 from experiments.tables import measures_of
 from experiments.timed import SharedPrompts
@@ -91,11 +91,11 @@ def test_an_interrupted_run_goes_on(table, capsys, monkeypatch):
         saved.append((path, cell, warm))
         save(path, cell, warm)
 
-    monkeypatch.setattr(reproduce, "save_cell", stopping)
+    monkeypatch.setattr(method_table, "save_cell", stopping)
     with pytest.raises(KeyboardInterrupt):
         run()
     assert not (out / "table.md").exists()
-    monkeypatch.setattr(reproduce, "save_cell", save)
+    monkeypatch.setattr(method_table, "save_cell", save)
     capsys.readouterr()
     run()
     assert kept(capsys) == [True] * 3 + [False] * 3

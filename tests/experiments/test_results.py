@@ -6,7 +6,7 @@ import pytest
 
 from experiments import results
 from experiments.config import load_config, save_config
-from experiments.reproduce import TableConfig
+from experiments.method_table import TableConfig
 from models.errors import InputError
 
 
@@ -48,6 +48,20 @@ def test_every_table_that_was_run_is_taken_up_in_order(saved):
 def test_another_preset(saved):
     page = saved("--preset", "smoke")
     assert "Title of two" in page and "Title of one" not in page and "smoke figures" in page
+
+
+def test_a_section_stays_where_nothing_was_run_here(saved, tmp_path):
+    """Its flags with it; one of a table that is no longer shipped goes, and one that was run anew is written anew."""
+    before = saved()
+    assert "## Title of two" in before
+    flagged = before.replace("tables/two.yaml --preset cpu`", "tables/two.yaml --preset cpu --seed 3`")
+    gone = "\n## Gone\n\n`python -m experiments.reproduce tables/gone.yaml --preset cpu`\n\nold\n"
+    (tmp_path / "RESULTS.md").write_text(flagged + gone)
+    (tmp_path / "results" / "two" / "cpu" / "table.md").unlink()
+    (tmp_path / "results" / "one" / "cpu" / "table.md").write_text("# Title of one\n\nMeasured anew.\n")
+    after = saved()
+    assert "--seed 3`\n\nMeasured.\n\n### cpu figures" in after and "Gone" not in after
+    assert "Measured anew." in after and after.count("## Title of one") == 1 and saved() == after
 
 
 def test_nothing_to_take_up(saved, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from decoding import METHODS
 from decoding.speculative.sizing import LatencyCurve
+from experiments import table_kinds
 from experiments.bench import BenchConfig
 from experiments.bench_core_infer import CoreInferBenchConfig
 from experiments.bench_long_context import LongContextBenchConfig
@@ -15,16 +16,14 @@ from experiments.bench_text import LongTextConfig
 from experiments.bench_train import TrainBenchConfig
 from experiments.check_exact import ExactCheckConfig
 from experiments.clean_corpus import CleanConfig
-from experiments.config import dump_config, load_config
+from experiments.config import chosen_type, dump_config, load_config
 from experiments.decode import DecodeConfig
 from experiments.generate import GenerateConfig
 from experiments.loading import MEASURED
-from experiments.reproduce import TableConfig
+from experiments.method_table import TableConfig
 from experiments.train_acceptance_head import HeadConfig
 from experiments.train_config import TrainConfig
 from experiments.train_draft_head import DraftHeadConfig
-from experiments.train_table import TrainTableConfig
-from experiments.yi_table import YiTableConfig
 from finetune.adapters import ADAPTERS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -39,11 +38,6 @@ KINDS = {
     "bench/core_infer": CoreInferBenchConfig,
     "bench/speculation": SpeculationBenchConfig,
     "bench/long_text": LongTextConfig,
-    "tables": TableConfig,
-    "tables/adapters": TrainTableConfig,
-    "tables/emo": TrainTableConfig,
-    "tables/hyperfitting": TrainTableConfig,
-    "tables/yi": YiTableConfig,
     "train": TrainConfig,
     "train/specdec_pp": HeadConfig,
     "train/eagle": DraftHeadConfig,
@@ -61,13 +55,24 @@ def kind(file: Path) -> str:
     return name if name in KINDS else name.split("/")[0]
 
 
+def table_type(file: Path) -> str | None:
+    """Returns the `type` of a table's config."""
+    return chosen_type(["--config", str(file)])
+
+
+def config_class(file: Path) -> type:
+    """Returns what a config is loaded as."""
+    return table_kinds.KINDS[table_type(file)].config if kind(file) == "tables" else KINDS[kind(file)]
+
+
 def test_every_kind_of_config_is_shipped():
-    assert {kind(file) for file in FILES} == set(KINDS)
+    assert {kind(file) for file in FILES} == {*KINDS, "tables"}
+    assert {table_type(file) for file in FILES if kind(file) == "tables"} == set(table_kinds.KINDS)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
 def test_config_loads_and_its_dump_loads_to_the_same(file, tmp_path):
-    cls = KINDS[kind(file)]
+    cls = config_class(file)
     config = load_config(cls, ["--config", str(file)], prog="test", description="")
     assert config != cls(), f"{file} sets nothing"
     again = tmp_path / "again.yaml"
@@ -91,7 +96,7 @@ def chosen(config):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
 def test_methods_and_options_exist(file):
-    config = load_config(KINDS[kind(file)], ["--config", str(file)], prog="test", description="")
+    config = load_config(config_class(file), ["--config", str(file)], prog="test", description="")
     for method, options, drafts in chosen(config):
         assert METHODS[method].drafts == drafts
         settings = {name for name in options if name in METHODS[method].settings}

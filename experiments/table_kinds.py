@@ -1,0 +1,29 @@
+"""The kinds of tables, by the `type` of their config; a config without one is a table of methods."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from experiments import method_table, train_pages, train_table, yi_pages, yi_table
+
+
+def _no_check(config: Any) -> None:
+    """Accepts every config that was built."""
+
+
+class Kind(NamedTuple):
+    """A kind of table: what it is set by, and the two steps that make one.
+
+    The config has the fields table, preset, out and the property folder.
+    """
+
+    config: type
+    measure: Callable[[Any], Any]  # measures what is missing in the config's folder, and returns what the table shows
+    write_table: Callable[[Any, Any], str]  # writes table.md, table.csv and plot.png; returns the Markdown
+    check: Callable[[Any], None] = _no_check  # raises InputError before anything is written or loaded
+
+
+KINDS: dict[str | None, Kind] = {
+    None: Kind(method_table.TableConfig, method_table.measure, method_table.write_table, method_table.check),
+    "training": Kind(train_table.TrainTableConfig, train_table.measure, train_pages.write_table),
+    "yi": Kind(yi_table.YiTableConfig, yi_table.measure, yi_pages.write_table),
+}
