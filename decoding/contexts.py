@@ -50,7 +50,7 @@ def writer_params(model: Network | Dolphin, params: Any) -> Any:
     return params.replace(target=params.target["main"]) if isinstance(params, WithDraft) else params["main"]
 
 
-def inserted(model: Network | Dolphin, params: Any, prompts: Prompts) -> Prompts:
+def with_memory(model: Network | Dolphin, params: Any, prompts: Prompts) -> Prompts:
     """Returns prompts whose contexts have become embeddings; as they are where they have none. Pure.
 
     Args:

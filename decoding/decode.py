@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from decoding import contexts as contexts_
-from decoding.arguments import read_keys, read_limit, read_sampling, read_settings, whole_number
+from decoding.arguments import read_keys, read_limit, read_sampling, read_settings, read_warm, whole_number
+from decoding.contexts import read_contexts, with_memory, writer, writer_params
 from decoding.grammar.rows import read_grammars
 from decoding.method import Call, Steps, WithDraft, target_params, with_kernels
 from decoding.prefill import Prompts, encode_prompts, observed_prefill, pad_prompts
@@ -44,7 +44,7 @@ class Plan:
     @property
     def writer(self) -> Network:
         """The network that writes: the model but for what reads contexts."""
-        return contexts_.writer(self.model)
+        return writer(self.model)
 
     def steps(self) -> Steps:
         """Returns the method's functions for this model."""
@@ -71,8 +71,8 @@ def start(plan: Plan, params: Any, prompts: Prompts, call: Call, cache: KVCache 
             are read here, as the method reads them; and so they are where it looks on (`Steps.looks_on`), and where the
             model has an encoder for them.
     """
-    prompts = contexts_.inserted(plan.model, params, prompts)
-    params = contexts_.writer_params(plan.model, params)
+    prompts = with_memory(plan.model, params, prompts)
+    params = writer_params(plan.model, params)
     steps, target = plan.steps(), target_params(params)
     seen, observer = None, steps.looks_on
     if isinstance(plan.model, EncoderDecoder):
@@ -90,7 +90,7 @@ def start(plan: Plan, params: Any, prompts: Prompts, call: Call, cache: KVCache 
 def advance(plan: Plan, params: Any, state: DecodeState, max_steps: jax.Array) -> DecodeState:
     """Takes steps until every row is done, `max_steps` (i32[]) at most. Pure; the one decoding loop."""
     step, kernels = plan.steps().step, state.kernels
-    params = with_kernels(contexts_.writer_params(plan.model, params), kernels)
+    params = with_kernels(writer_params(plan.model, params), kernels)
 
     def unfinished(carry):
         taken, state = carry
@@ -249,7 +249,7 @@ class DecodeFn:
     ) -> tuple[Prompts, Call]:
         """Checks a call's arguments (see `__call__`) and returns them as the arrays that `decode` and `start` take."""
         drafts_alone = METHODS[self.plan.method].drafts and draft_prompts is None
-        padded = contexts_.read_contexts(self.plan.model, prompts, contexts, drafts_alone)
+        padded = read_contexts(self.plan.model, prompts, contexts, drafts_alone)
         batch, held = len(padded.lengths), self._held(padded.lengths)
         capacity = self._capacity(int(held.max()), padded.tokens.shape[1], draft_prompts is None)
         limit = read_limit(self.plan.room if max_new_tokens is None else max_new_tokens, batch, self.plan.room)
@@ -262,7 +262,8 @@ class DecodeFn:
         read = self._draft_prompts(draft_prompts, batch)
         rows = np.minimum(limit, free), read_keys(rng, batch), settings
         grammar = self._grammars(grammars, batch)
-        return padded, Call(*rows, warm=self._warm(warm), draft_prompts=read, own=own, grammar=grammar)
+        warm = read_warm(method, warm, self.plan.steps().cold())
+        return padded, Call(*rows, warm=warm, draft_prompts=read, own=own, grammar=grammar)
 
     def _held(self, lengths: np.ndarray) -> np.ndarray:
         """Returns how many tokens of each prompt the decoder holds: of those that an encoder reads, a start token.
@@ -310,19 +311,6 @@ class DecodeFn:
             taking = ", ".join(name for name, method in METHODS.items() if method.grammars)
             raise InputError(f"method {self.plan.method!r} takes no grammars: use {taking}")
         return read_grammars(grammars, batch, self.plan.writer.config.vocab_size, self.plan.stop_tokens)
-
-    def _warm(self, warm: Any) -> Any:
-        """Returns what to start from; raises InputError where it is not this method's."""
-        cold = self.plan.steps().cold()
-        if warm is None:
-            return cold
-        shapes = [jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), value) for value in (warm, cold)]
-        if shapes[0] != shapes[1]:
-            raise InputError(
-                f"warm must be the `warm` of an earlier output of method {self.plan.method!r} with the same model and "
-                f"options: wanted {shapes[1]}, got {shapes[0]}"
-            )
-        return warm
 
     def _capacity(self, longest: int, bucket: int, own: bool) -> int:
         """Returns how many tokens a row may hold; raises InputError when the longest prompt is longer.
