@@ -143,6 +143,11 @@ class DecodeFn:
         self.plan, self.settings = plan, dict(settings or {})
         self._advances: dict[Any, Callable] = {}  # compiled, by the shapes of params and state
 
+    @property
+    def label(self) -> str:
+        """What its texts keep to: `exact`, `distribution` or `lossy` (`Method.label`)."""
+        return METHODS[self.plan.method].label_of(self.plan.options)
+
     def __call__(
         self,
         params: Any,

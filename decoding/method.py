@@ -127,12 +127,16 @@ class Steps(NamedTuple):
         return self.observer or (self.tailor and self.tailor.observer)
 
 
+Label = Literal["exact", "distribution", "lossy"]
+
+
 class Method(NamedTuple):
     """A row of the registry.
 
     Attributes:
         label: `exact` (the tokens of plain greedy decoding; where it samples, the law of plain sampling),
-            `distribution` (samples by default, with the law of plain sampling), or `lossy`.
+            `distribution` (samples by default, with the law of plain sampling), or `lossy`; with the default options
+            (`label_of`).
         options: frozen dataclass of the method's static options.
         make: (model, options, stop_tokens) -> Steps.
         temperature: the default of calls that give none; None: the method does not sample at all.
@@ -146,7 +150,7 @@ class Method(NamedTuple):
             to `make_decode_fn` or to a call.
     """
 
-    label: Literal["exact", "distribution", "lossy"]
+    label: Label
     options: type
     make: Callable[[Decoder, Any, tuple[int, ...]], Steps]
     temperature: float | None = None
@@ -156,6 +160,10 @@ class Method(NamedTuple):
     grammars: bool = False
     shared: bool = False
     settings: Mapping[str, Setting] = MappingProxyType({})
+
+    def label_of(self, options: Any) -> Label:
+        """Returns the label with some options: one of them (`options.lossy`) may give up what the method keeps."""
+        return "lossy" if getattr(options, "lossy", False) else self.label
 
     @property
     def paired(self) -> bool:

@@ -236,7 +236,8 @@ def _fill(
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1])[None, :]
 
     def blocks(module, tokens):
-        x, _, cache_, _ = module.layers(module.embed(tokens, positions, inserted), positions, cache, attend)
+        read = (tokens, positions) if inserted is None else inserted.at(tokens, positions)
+        x, _, cache_, _ = module.layers(module.embed(*read), positions, cache, attend)
         return cache_, x if of == "hidden" else None
 
     if of != "inner":

@@ -50,7 +50,7 @@ class Claim:
     text: str = ""
     row: str = ""
     than: str = "plain"
-    measure: Literal["mat", "speedup", "break_even", "correct", "acceptance", "by_target"] = "mat"
+    measure: Literal["mat", "extra", "speedup", "break_even", "correct", "acceptance", "by_target"] = "mat"
     factor: float = 1.0
 
 

@@ -56,15 +56,17 @@ def write_table(config: "TableConfig", cells: Cells, questions: Mapping[str, Seq
 def measures_of(cell: Cell, plain: Cell) -> dict[str, float]:
     """Returns a cell's figures.
 
-    mat is new tokens per step. speedup compares tokens per second of prompt and decoding with plain decoding's in the
-    same run. break_even is a step's time over a plain step's: what MAT must exceed for decoding to be faster than
-    plain. same is the share of turns whose token ids equal plain decoding's. by_target is the share of new tokens that
-    the target itself wrote, correct the share of right replies, where replies are scored.
+    mat is new tokens per step, extra those but for the one that plain decoding has too. speedup compares tokens per
+    second of prompt and decoding with plain decoding's in the same run. break_even is a step's time over a plain
+    step's: what MAT must exceed for decoding to be faster than plain. same is the share of turns whose token ids equal
+    plain decoding's. by_target is the share of new tokens that the target itself wrote, correct the share of right
+    replies, where replies are scored.
     """
     plain_seconds = cell.plain_prefill_seconds + cell.plain_decode_seconds
     same = sum(ours == theirs for ours, theirs in zip(cell.tokens, plain.tokens, strict=True))
     return {
         "mat": cell.mat,
+        "extra": cell.mat - 1,
         "tokens_per_second": cell.tokens_per_second,
         "speedup": cell.tokens_per_second * plain_seconds / cell.plain_tokens,
         "break_even": (cell.decode_seconds / cell.steps) / (cell.plain_decode_seconds / cell.plain_steps),

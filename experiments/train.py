@@ -23,7 +23,7 @@ def describe(config: TrainConfig) -> str:
     from finetune.objective_configs import DistillationConfig, EmoConfig
     from finetune.optimizers import make_optimizer
     from models.decoder import Decoder
-    from models.encoder_decoder import decoder_only, network
+    from models.encoder_decoder import decoder_only, network, writing_stack
     from models.growth import grow_config
     from models.scratch import scratch_model
     from models.sharding import abstract_mesh
@@ -32,8 +32,9 @@ def describe(config: TrainConfig) -> str:
     if config.scratch is not None:
         model = scratch_model(config.scratch, scratch_tokenizer(config.scratch.tokenizer).vocab_size)
     else:
-        model = decoder_only(network(read_config(config.model)), "training")
-        model = model if config.growth is None else Decoder(grow_config(model.config, config.growth))
+        model = network(read_config(config.model))
+        if config.growth is not None:
+            model = Decoder(grow_config(decoder_only(model, "growth").config, config.growth))
     base, frozen = model_shapes(model, config.dtype or "float32"), {}
     if config.adapter is None:
         base, trainable, method = {}, model_shapes(model), state.full_tuning(jax.tree.map(lambda x: x.dtype, base))
@@ -44,11 +45,10 @@ def describe(config: TrainConfig) -> str:
     optimizer = make_optimizer(config.optimizer, config.steps, method)
     read = None
     if isinstance(config.objective, EmoConfig):
-        read = jax.ShapeDtypeStruct((model.config.width, model.config.vocab_size), jnp.float32)
+        writing = writing_stack(model, {"decoder": None})[0].config
+        read = jax.ShapeDtypeStruct((writing.width, writing.vocab_size), jnp.float32)
     elif isinstance(config.objective, DistillationConfig):
-        read = model_shapes(
-            decoder_only(network(read_config(config.objective.teacher)), "distillation"), config.dtype or "float32"
-        )
+        read = model_shapes(network(read_config(config.objective.teacher)), config.dtype or "float32")
     return render(dry_run(base, frozen, trainable, optimizer, abstract_mesh(config.mesh), read))
 
 

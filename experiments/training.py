@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from experiments.config import dump_config, save_config
 from experiments.kept import locked
 from experiments.train_config import TrainConfig
+from experiments.train_dolphin import load_pair, save_pair
 from experiments.train_report import CompiledStep, Evaluator, Figures, Reporter
 from finetune import state as states
 from finetune.adapters import make_adapter
@@ -36,11 +37,12 @@ from finetune.objective_configs import DistillationConfig, make_objective
 from finetune.objectives import Objective
 from finetune.optimizers import learning_rate, make_optimizer
 from finetune.packing import Batches
-from finetune.rows import Rows
+from finetune.rows import Compressed, Pairs, Rows
 from finetune.run_log import RunLog
 from finetune.state import Batch, Constants, Method, TrainState
 from finetune.trainer import Hook, NotFinite, make_train_step, train
-from models.decoder import Decoder
+from models.dolphin import PARTS, Dolphin
+from models.encoder_decoder import EncoderDecoder, Network, decoder_only, init_params, network
 from models.errors import InputError
 from models.growth import grow
 from models.sharding import build, make_mesh, place
@@ -51,9 +53,11 @@ class Base(NamedTuple):
     """The model that a run starts from; `name` is what an adapter of it will say that it belongs to."""
 
     name: str
-    model: Decoder
+    model: Network
     params: Any
     tokenizer: Tokenizer
+    reader: Tokenizer | None = None  # a compressor's
+    bases: Any = None  # what a pair of decoders is made of
 
 
 class Run(NamedTuple):
@@ -64,7 +68,7 @@ class Run(NamedTuple):
     """
 
     name: str
-    model: Decoder
+    model: Network
     tokenizer: Tokenizer
     belongs_to: Any
     mesh: Mesh
@@ -79,18 +83,18 @@ class Run(NamedTuple):
 
 
 def scratch_tokenizer(name: str) -> Tokenizer:
-    """Returns the tokenizer of a new model: `bytes`, `stories`, or the one of a model (a name or a path)."""
+    """Returns the tokenizer of a new model: `bytes`, `stories`, `othello`, or the one of a model (a name or a path)."""
+    from finetune.othello import othello_tokenizer
     from finetune.stories import story_tokenizer
     from models.weights.byte_tokenizer import byte_tokenizer
     from models.weights.load import load_model
 
-    own = {"bytes": byte_tokenizer, "stories": story_tokenizer}
+    own = {"bytes": byte_tokenizer, "stories": story_tokenizer, "othello": othello_tokenizer}
     return own[name]() if name in own else load_model(name).tokenizer
 
 
 def load_base(config: TrainConfig, mesh: Mesh) -> Base:
     """Loads the model to be trained, or makes a new one, spread over a mesh."""
-    from models.encoder_decoder import decoder_only
     from models.scratch import scratch_model
     from models.weights.load import load_model
 
@@ -98,19 +102,35 @@ def load_base(config: TrainConfig, mesh: Mesh) -> Base:
         model, params, tokenizer = load_model(config.model, config.dtype, mesh)
         if tokenizer is None:
             raise InputError(f"{config.model} has no tokenizer.json: put the model's tokenizer.json into the folder")
-        decoder_only(model, "training")
         name = Path(config.model).name
         if config.growth is not None:
-            model, params = grow(model, params, config.growth)
+            model, params = grow(decoder_only(model, "growth"), params, config.growth)
     else:
         shape = config.scratch
         tokenizer = scratch_tokenizer(shape.tokenizer)
         model, name = scratch_model(shape, tokenizer.vocab_size), "scratch"
-        key, token = jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32)
-        params = build(lambda: model.init(key, token)["params"], mesh=mesh)
+        params = build(lambda: init_params(model, jax.random.key(config.seed)), mesh=mesh)
     if config.length > model.config.max_length:
         raise InputError(f"length {config.length} is more than the model's context of {model.config.max_length} tokens")
-    return Base(name, Decoder(model.config, remat=config.remat), params, tokenizer)
+    base = Base(name, network(model.config, config.remat), params, tokenizer)
+    return base if config.dolphin is None else load_pair(config, base, mesh)
+
+
+def pairs_of(config: TrainConfig, model: Network, reader: Tokenizer | None = None) -> Pairs | Compressed | None:
+    """Returns what the rows of a model with an encoder or a compressor are like; None for any other."""
+    if isinstance(model, Dolphin):
+        source_length = config.source_length or config.length
+        if source_length > model.config.longest:
+            raise InputError(f"source_length {source_length} is more than the compressor reads, {model.config.longest}")
+        return Compressed(reader, model.config.memory, source_length)
+    if not isinstance(model, EncoderDecoder):
+        if config.source_length is not None:
+            raise InputError("source_length is for models with an encoder, which this one has not: leave it out (null)")
+        return None
+    source_length, most = config.source_length or config.length, model.config.encoder.max_length
+    if source_length > most:
+        raise InputError(f"source_length {source_length} is more than the {most} tokens that the model's encoder reads")
+    return Pairs(model.config.start_token, source_length)
 
 
 def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
@@ -118,7 +138,7 @@ def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size // config.accumulate, mesh)
     base = load_base(config, mesh)
-    data = read_data(config.data, base.tokenizer, config.length)
+    data = read_data(config.data, base.tokenizer, config.length, pairs_of(config, base.model, base.reader))
     batches, test = _batches(config, data.train, mesh), config.evaluation.batches
     # Held-out rows are read by the micro-batch: what an update can hold, an evaluation can.
     part = dataclasses.replace(config, batch_size=config.batch_size // config.accumulate, accumulate=1)
@@ -136,7 +156,9 @@ def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
     schedule = learning_rate(config.optimizer, config.steps)
     step = make_train_step(base.model, objective, method, optimizer, schedule, mesh)
     constants = Constants(rebased(frozen), frozen, objective.constants)
-    belongs_to = None if config.adapter is None else base_of(base.name, base.params)
+    belongs_to = base.bases
+    if config.adapter is not None and belongs_to is None:
+        belongs_to = base_of(base.name, base.params)
     return Run(
         base.name,
         base.model,
@@ -169,7 +191,6 @@ def _batches(config: TrainConfig, rows: Rows, mesh: Mesh) -> Batches:
 
 
 def _objective(config: TrainConfig, base: Base, mesh: Mesh) -> Objective:
-    from models.encoder_decoder import decoder_only
     from models.weights.load import load_model
 
     teacher = None
@@ -180,7 +201,6 @@ def _objective(config: TrainConfig, base: Base, mesh: Mesh) -> Objective:
                 f"the teacher {config.objective.teacher} reads other tokens than the model {base.name}: take a teacher "
                 "with the same tokenizer"
             )
-        decoder_only(teacher[0], "distillation")
     return make_objective(config.objective, base.model, base.params, base.tokenizer.vocab_size, teacher)
 
 
@@ -209,7 +229,11 @@ def _method(
         gradients = kernels if resumed else _gradients(base, mesh, objective, kernels, batches, config)
     frozen, trainable = adapter.init(jax.random.key(config.seed), kernels, gradients)
     frozen, trainable = place(frozen, mesh), place(trainable, mesh)
-    return states.adapter_tuning(adapter), frozen, trainable, lambda frozen: rebase(adapter, base.params, frozen)
+    method = states.adapter_tuning(adapter)
+    if config.dolphin is not None:
+        whole = {name: jax.tree.map(lambda x: jnp.array(x, jnp.float32), base.params[name]) for name in PARTS}
+        method, trainable = states.with_whole(method, PARTS), {"adapter": trainable, "whole": whole}
+    return method, frozen, trainable, lambda frozen: rebase(adapter, base.params, frozen)
 
 
 def _gradients(base: Base, mesh: Any, objective: Objective, kernels: Any, batches: Batches, config: TrainConfig) -> Any:
@@ -220,7 +244,7 @@ def _gradients(base: Base, mesh: Any, objective: Objective, kernels: Any, batche
 # What decides where a run comes out; the rest of a config, and the learning rate, may change when it goes on.
 _DECIDES = (
     *("model", "scratch", "growth", "dtype", "adapter", "data", "objective", "optimizer"),
-    *("batch_size", "length", "packing"),
+    *("dolphin", "batch_size", "length", "source_length", "packing"),
 )
 
 
@@ -350,8 +374,11 @@ def _save_trained(config: TrainConfig, run: Run, state: TrainState) -> None:
     from models.weights.orbax import save_model
 
     frozen, trainable = run.method.finish(run.constants.frozen, state.trainable)
+    if config.dolphin is not None:
+        save_pair(config, run, frozen, trainable)
+        return
     if config.adapter is not None:
         save_adapter(config.run_dir / "adapter", config.adapter, frozen, trainable, run.belongs_to)
         return
     params = run.method.merge({}, {}, trainable)
-    save_model(config.run_dir / "model", Decoder(run.model.config), params, run.tokenizer, replace=True)
+    save_model(config.run_dir / "model", network(run.model.config), params, run.tokenizer, replace=True)

@@ -10,8 +10,12 @@ The teacher reads each micro-batch once. What is kept of it is its last residual
 chunk by chunk beside the student's. Both laws are over the tokenizer's ids, so that the two may pad their vocabularies
 differently.
 
-Axis letters: B rows, T tokens of a row, N tokens to be predicted, D the teacher's width, V vocabulary, I ids of the
-tokenizer.
+A decoder-only teacher may teach a student with an encoder (Return of the Encoder, 2501.16273): it reads source and
+answer one behind the other, and its law before answer token k stands beside the student's (`joined`). The released code
+pads the source on the left for that and averages over padding too; here rows stay ragged, and only tokens count.
+
+Axis letters: B rows, T tokens of a row, S tokens of a source, N tokens to be predicted, D the teacher's width, V
+vocabulary, I ids of the tokenizer.
 """
 
 import dataclasses
@@ -21,8 +25,9 @@ import jax
 import jax.numpy as jnp
 
 from finetune.objectives import Objective, label_scores
-from finetune.trainer import features
-from models.decoder import Decoder
+from finetune.reading import read_batch
+from finetune.state import Batch
+from models.encoder_decoder import EncoderDecoder, Network, writing_stack
 from models.errors import InputError
 
 
@@ -52,7 +57,7 @@ class DistillationConfig:
             )
 
 
-def distillation(config: DistillationConfig, teacher: Decoder, teacher_params: Any, num_tokens: int) -> Objective:
+def distillation(config: DistillationConfig, teacher: Network, teacher_params: Any, num_tokens: int) -> Objective:
     """Returns distillation as an objective; it logs `cross_entropy` and `divergence`, the KL in nats.
 
     Args:
@@ -62,14 +67,18 @@ def distillation(config: DistillationConfig, teacher: Decoder, teacher_params: A
         num_tokens: I; ids of the tokenizer that both models share.
     """
 
-    def context(constants, tokens, positions, segments):
-        return teacher.apply({"params": constants}, tokens, positions, segments, method=features)
+    def context(constants, batch):
+        if batch.source is None or isinstance(teacher, EncoderDecoder):
+            return read_batch(teacher, constants, batch)[0]
+        whole, places = joined(batch)
+        return jnp.take_along_axis(read_batch(teacher, constants, whole)[0], places[:, :, None], axis=1, mode="clip")
 
     def log_law(logits: jax.Array) -> jax.Array:
         return jax.nn.log_softmax(logits[:, :num_tokens] / config.temperature, axis=-1)
 
     def per_token(logits, labels, constants, context):
-        taught = teacher.apply({"params": constants}, context, method="unembed")
+        writing, params = writing_stack(teacher, constants)
+        taught = writing.apply({"params": params}, context, method="unembed")
         pair = log_law(taught), log_law(logits)
         divergence = kl_divergence(*(pair if config.direction == "forward" else pair[::-1]))
         likelihood = jax.nn.logsumexp(logits, axis=-1) - label_scores(logits, labels)
@@ -77,6 +86,33 @@ def distillation(config: DistillationConfig, teacher: Decoder, teacher_params: A
         return value, {"cross_entropy": likelihood, "divergence": divergence}
 
     return Objective(per_token, teacher_params, context)
+
+
+def joined(batch: Batch) -> tuple[Batch, jax.Array]:
+    """Returns a micro-batch as a decoder-only model reads it, and where it predicts what the student's rows predict.
+
+    Args:
+        batch: [B, T] each, with sources [B, S]; a row is a start token and an answer.
+
+    Returns:
+        (a batch [B, S + T - 1] of each source with its answer right behind it, the start token gone; places i32[B, T]:
+        the teacher's row at places[b, t] predicts token t + 1 of the student's row b. The last of them predicts nothing
+        that is asked for).
+    """
+    (sources, lengths), answer = batch.source, jnp.sum(batch.segments > 0, axis=1) - 1
+    slots = jnp.arange(sources.shape[1] + batch.tokens.shape[1] - 1)[None, :]
+    behind = slots - lengths[:, None] + 1  # place in the student's row; that of the start token and less: in the source
+    read = jnp.take_along_axis(sources, jnp.broadcast_to(slots, behind.shape), axis=1, mode="clip")
+    written = jnp.take_along_axis(batch.tokens, behind, axis=1, mode="clip")
+    real = behind <= answer[:, None]
+    whole = Batch(
+        tokens=jnp.where(real, jnp.where(behind < 1, read, written), 0),
+        targets=real & (behind >= 1),
+        segments=real.astype(jnp.int32),
+        positions=jnp.where(real, slots, 0),
+    )
+    places = jnp.maximum(lengths[:, None] - 1, 0) + jnp.arange(batch.tokens.shape[1])[None, :]
+    return whole, jnp.minimum(places, slots.shape[1] - 1)
 
 
 def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from finetune.distillation import DistillationConfig, distillation
 from finetune.emo import EmoConfig, emo, head_directions
 from finetune.objectives import Objective, cross_entropy
-from models.decoder import Decoder
+from models.encoder_decoder import Network, writing_stack
 from models.errors import InputError
 
 
@@ -30,7 +30,7 @@ ObjectiveConfig = CrossEntropyConfig | EmoConfig | DistillationConfig
 
 
 def make_objective(
-    config: ObjectiveConfig, model: Decoder, params: Any, num_tokens: int, teacher: tuple[Decoder, Any] | None = None
+    config: ObjectiveConfig, model: Network, params: Any, num_tokens: int, teacher: tuple[Network, Any] | None = None
 ) -> Objective:
     """Returns the objective that a config stands for.
 
@@ -46,7 +46,8 @@ def make_objective(
     """
     _check_tokens("the model", model, num_tokens)
     if isinstance(config, EmoConfig):
-        return emo(config, head_directions(model.config, params, num_tokens))
+        writing, params = writing_stack(model, params)
+        return emo(config, head_directions(writing.config, params, num_tokens))
     if isinstance(config, DistillationConfig):
         if teacher is None:
             raise InputError("distillation needs a teacher: pass teacher=(model, params)")
@@ -55,7 +56,7 @@ def make_objective(
     return cross_entropy(config.z_loss)
 
 
-def _check_tokens(who: str, model: Decoder, num_tokens: int) -> None:
+def _check_tokens(who: str, model: Network, num_tokens: int) -> None:
     if not 1 <= num_tokens <= model.config.vocab_size:
         raise InputError(
             f"{who} has rows for {model.config.vocab_size} ids, but the tokenizer has {num_tokens}: take the tokenizer "

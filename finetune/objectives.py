@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from finetune.state import Batch
 
-def _nothing(constants: Any, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> Any:
+
+def _nothing(constants: Any, batch: Batch) -> Any:
     return None
 
 
@@ -25,13 +27,13 @@ class Objective(NamedTuple):
         per_token: (logits f32[N, V], labels i32[N], constants, context of these tokens) -> (value f32[N], {name:
             f32[N]}): what is averaged and minimised, and further figures to be averaged and logged.
         constants: arrays that every update reads; None: nothing.
-        context: (constants, tokens i32[B, T], positions, segments) -> a tree of [B, T, ...]; entry t belongs to the
-            prediction of token t + 1. Gradients do not flow into it.
+        context: (constants, micro-batch of [B, T]) -> a tree of [B, T, ...]; entry t belongs to the prediction of token
+            t + 1. Gradients do not flow into it.
     """
 
     per_token: Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
     constants: Any = None
-    context: Callable[[Any, jax.Array, jax.Array, jax.Array], Any] = _nothing
+    context: Callable[[Any, Batch], Any] = _nothing
 
 
 def cross_entropy(z_loss: float = 0.0) -> Objective:

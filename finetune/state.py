@@ -15,6 +15,13 @@ from finetune.adapters import adapter as adapters
 from finetune.adapters.adapter import Adapter
 
 
+class Source(NamedTuple):
+    """The texts that an encoder reads: tokens i32[A, B, S], 0 from `lengths` on, and lengths i32[A, B]."""
+
+    tokens: jax.Array
+    lengths: jax.Array
+
+
 @struct.dataclass
 class Batch:
     """The rows of one update, in A micro-batches whose gradients are added up.
@@ -24,12 +31,14 @@ class Batch:
         targets: bool[A, B, T]: whether a token is to be predicted from the ones before it in its text.
         segments: i32[A, B, T]: which text of the row a token belongs to, counted from 1; 0 is padding, at the end.
         positions: i32[A, B, T]: a token's place in its text.
+        source: what an encoder reads of each row, which is then one text; None: nothing.
     """
 
     tokens: jax.Array
     targets: jax.Array
     segments: jax.Array
     positions: jax.Array
+    source: Source | None = None
 
 
 @struct.dataclass
@@ -94,6 +103,28 @@ def adapter_tuning(adapter: Adapter) -> Method:
         return adapters.merge(adapter, base, frozen, trainable)
 
     return Method(attach, merge, adapter.hook, adapter.no_decay, adapter.finish, adapter.moved)
+
+
+def with_whole(inner: Method, parts: tuple[str, ...]) -> Method:
+    """Trains an adapter's values and, beside them, whole entries of the parameters: {"adapter": ..., "whole": ...}.
+
+    Args:
+        inner: of an adapter without a hook of the optimiser.
+        parts: names at the top of the tree of parameters.
+    """
+
+    def given(base, trainable):
+        new = {name: jax.tree.map(lambda x, like: x.astype(like.dtype), trainable["whole"][name], base[name])
+               for name in parts}  # fmt: skip
+        return {**base, **new}
+
+    def attach(base, frozen, trainable):
+        return inner.attach(given(base, trainable), frozen, trainable["adapter"])
+
+    def merge(base, frozen, trainable):
+        return inner.merge(given(base, trainable), frozen, trainable["adapter"])
+
+    return Method(attach, merge, lambda optimizer, steps: optimizer, inner.no_decay)
 
 
 def new_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:

@@ -14,36 +14,18 @@ import optax
 from jax.sharding import Mesh
 
 from finetune.objectives import Objective
+from finetune.reading import read_batch
 from finetune.state import Batch, Constants, Method, TrainState
-from models.attention import segment_attend
-from models.decoder import Decoder
-from models.encoder_decoder import decoder_only
+from models.encoder_decoder import Network, writing_stack
 from models.errors import InputError
-from models.moe import ROUTING
-from models.router_losses import router_losses
-from models.sharding import keep_rows, keep_split, num_row_shards
+from models.sharding import keep_split, num_row_shards
 
 Metrics = dict[str, jax.Array]
 LOSS_CHUNK = 256  # tokens whose logits exist at a time
 
 
-def features(
-    model: Decoder, tokens: jax.Array, positions: jax.Array, segments: jax.Array, mesh: Mesh | None = None
-) -> jax.Array:
-    """Runs a model's layers over packed rows: i32[B, T] each to [B, T, D], ready for `Decoder.unembed`."""
-    x = keep_rows(model.embed(tokens, positions), mesh)
-    return model.layers(x, positions, attend=segment_attend, ctx=segments)[0]
-
-
-def _features(model: Decoder, params: Any, batch: Batch, mesh: Mesh | None) -> tuple[jax.Array, Metrics]:
-    """Returns `features` of a micro-batch, and the losses of the model's routers, if it has any."""
-    inputs = (batch.tokens, batch.positions, batch.segments, mesh)
-    x, left = model.apply({"params": params}, *inputs, method=features, mutable=[ROUTING])
-    return x, router_losses(model.config, left.get(ROUTING, {}), batch.segments > 0)
-
-
 def summed_loss(
-    model: Decoder,
+    model: Network,
     objective: Objective,
     params: Any,
     constants: Any,
@@ -67,8 +49,8 @@ def summed_loss(
     Returns:
         (sum f32[], {name: sum of each further figure; `tokens`: how many were predicted}).
     """
-    x, routing = _features(model, params, batch, mesh)
-    context = objective.context(constants, batch.tokens, batch.positions, batch.segments)
+    x, routing = read_batch(model, params, batch, mesh)
+    context = objective.context(constants, batch)
     wanted = batch.targets[:, 1:] & (batch.segments[:, 1:] == batch.segments[:, :-1])
     x, context = jax.tree.map(lambda value: value[:, :-1], (x, jax.lax.stop_gradient(context)))
     rows_here = wanted.shape[0] // (1 if mesh is None else num_row_shards(mesh))
@@ -77,12 +59,13 @@ def summed_loss(
 
     def of(head, x, rest):
         x, context, labels, wanted = jax.tree.map(lambda value: value.reshape(-1, *value.shape[2:]), (x, *rest))
-        logits = model.apply({"params": head}, x, method="unembed")
+        logits = writing.apply({"params": head}, x, method="unembed")
         value, figures = objective.per_token(logits, labels, constants, context)
         kept = jax.tree.map(lambda figure: jnp.sum(jnp.where(wanted, figure, 0.0)), figures | {"objective": value})
         return kept.pop("objective"), kept
 
-    head = {name: value for name, value in params.items() if not name.startswith("layers_")}
+    writing, head = writing_stack(model, params)
+    head = {name: value for name, value in head.items() if not name.startswith("layers_")}
     total, figures = sum_over_chunks(of, head, x, tuple(rest))
     tokens = jnp.sum(wanted).astype(jnp.float32)
     routing = {name: value * tokens for name, value in routing.items()}
@@ -137,7 +120,7 @@ def columns(tree: Any, width: int) -> Any:
 
 
 def make_train_step(
-    model: Decoder,
+    model: Network,
     objective: Objective,
     method: Method,
     optimizer: optax.GradientTransformation,
@@ -150,7 +133,6 @@ def make_train_step(
     its micro-batches. Metrics are f32[]: loss, the objective's further figures, grad_norm (before clipping),
     learning_rate, tokens (predicted).
     """
-    decoder_only(model, "training")
 
     def gradient(trainable, constants, batch):
         def of(trainable):
@@ -176,7 +158,7 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: Decoder, objective: Objective, method: Method, mesh: Mesh | None = None
+    model: Network, objective: Objective, method: Method, mesh: Mesh | None = None
 ) -> Callable[[Any, Constants, Batch], Metrics]:
     """Returns the jitted function (trainable, constants, batch) -> {loss and figures summed over tokens, tokens}."""
 

@@ -56,11 +56,11 @@ class Inserted:
         place = positions - self.start[:, None]
         return (place >= 0) & (place < self.values.shape[1])
 
-    def over(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Returns x [B, T, D] at positions i32[B, T] with the inserted embeddings in their places."""
+    def at(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns what `Decoder.embed` takes for tokens i32[B, T] at positions i32[B, T] with these in their places."""
         place = jnp.clip(positions - self.start[:, None], 0, self.values.shape[1] - 1)
-        new = jnp.take_along_axis(self.values, place[..., None], axis=1)
-        return jnp.where(self.within(positions)[..., None], new.astype(x.dtype), x)
+        instead = jnp.take_along_axis(self.values, place[..., None], axis=1)
+        return jnp.where(self.within(positions), -1, tokens), positions, instead
 
 
 class Block(nn.Module):
@@ -127,20 +127,25 @@ class Decoder(nn.Module):
         ctx: Any = None,
         collect: tuple[int, ...] = (),
         encoded: Encoded | None = None,
+        instead: jax.Array | None = None,
     ) -> Output:
-        """Runs the whole model on tokens i32[B, T]; see `layers` for the arguments and `Output` for what comes back."""
+        """Runs the whole model on tokens i32[B, T].
+
+        See `embed` and `layers` for the arguments, and `Output` for what comes back.
+        """
         positions = next_positions(tokens, cache) if positions is None else positions
-        x = self.embed(tokens, positions)
+        x = self.embed(tokens, positions, instead)
         x, hidden, cache, aux = self.layers(x, positions, cache, attend, ctx, collect=collect, encoded=encoded)
         return Output(self.unembed(x), hidden, cache, aux)
 
-    def embed(self, tokens: jax.Array, positions: jax.Array, inserted: Inserted | None = None) -> jax.Array:
-        """Maps tokens i32[B, T] at positions i32[B, T] to the residual stream [B, T, D]; those in whose places
-        embeddings are inserted may be any.
+    def embed(self, tokens: jax.Array, positions: jax.Array, instead: jax.Array | None = None) -> jax.Array:
+        """Maps tokens i32[B, T] at positions i32[B, T] to the residual stream [B, T, D].
+
+        Where a token is negative, `instead` [B, T, D] stands in place of its embedding (scaled, without its position).
         """
         x = self.embedding(tokens)
         x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
-        x = x if inserted is None else inserted.over(x, positions)
+        x = x if instead is None else jnp.where(tokens[..., None] < 0, instead.astype(x.dtype), x)
         return x + self.positions(positions) if self.config.learned_positions else x
 
     def layers(

@@ -57,6 +57,11 @@ class DolphinConfig:
         return self.compressor.max_length - self.memory
 
     @property
+    def family(self) -> str:
+        """The name of such pairs."""
+        return "dolphin"
+
+    @property
     def vocab_size(self) -> int:
         """V of what is written."""
         return self.main.vocab_size
@@ -108,8 +113,20 @@ class Dolphin(nn.Module):
         start = jnp.zeros_like(lengths)
         tokens = jnp.pad(tokens, ((0, 0), (self.config.memory, 0)))
         positions = next_positions(tokens, None)
-        x = self.main.embed(tokens, positions, Inserted(memory, start))
+        x = self.main.embed(*Inserted(memory, start).at(tokens, positions))
         return self.main.unembed(self.main.layers(x, positions)[0])[:, self.config.memory :]
+
+    def embed(self, tokens: jax.Array, positions: jax.Array, instead: jax.Array | None = None) -> jax.Array:
+        """Maps tokens to embeddings of the main decoder: see `models.decoder.Decoder.embed`."""
+        return self.main.embed(tokens, positions, instead)
+
+    def layers(self, x: jax.Array, positions: jax.Array, *args: Any, **options: Any) -> Any:
+        """Runs blocks of the main decoder: see `models.decoder.Decoder.layers`."""
+        return self.main.layers(x, positions, *args, **options)
+
+    def unembed(self, x: jax.Array) -> jax.Array:
+        """Maps the residual stream after the main decoder's last block, [..., D], to logits f32[..., V]."""
+        return self.main.unembed(x)
 
     def compress(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
         """Returns the memory of contexts, [B, N, D], read in one pass.
@@ -138,7 +155,7 @@ class Dolphin(nn.Module):
         rows = self.memory.astype(self.compressor.embedding.embedding.dtype)
         rows = rows * jnp.asarray(self.config.compressor.embedding_scale, rows.dtype)
         values = jnp.broadcast_to(rows, (len(start), *rows.shape))
-        return self.compressor.embed(tokens, positions, Inserted(values, start))
+        return self.compressor.embed(*Inserted(values, start).at(tokens, positions))
 
     def _project(self, x: jax.Array) -> jax.Array:
         return self.projector(self.compressor.normed(x))

@@ -16,11 +16,15 @@ from models.attention import Attend, bidirectional_attend, dense_attend
 from models.cache import Encoded, KVCache
 from models.config import EncoderDecoderConfig, ModelConfig
 from models.decoder import Decoder, Output, next_positions
+from models.dolphin import Dolphin, DolphinConfig
 from models.errors import InputError
 
 
 class EncoderDecoder(nn.Module):
-    """An encoder-decoder; parameters: `encoder` and `decoder`, which holds the embedding of both."""
+    """An encoder-decoder; parameters: `encoder` and `decoder`, which holds the embedding of both.
+
+    `embed`, `layers` and `unembed` are those of the decoder; `read` is what goes before them.
+    """
 
     config: EncoderDecoderConfig
     remat: bool = False
@@ -58,18 +62,43 @@ class EncoderDecoder(nn.Module):
 
     def encode(self, tokens: jax.Array, lengths: jax.Array) -> Encoded:
         """Reads tokens i32[B, S], i32[B] of them in each row, for the cross attention of all layers."""
-        positions = next_positions(tokens, None)
-        x = self.decoder.embed(tokens, positions)
+        return self.read(self.embed(tokens, next_positions(tokens, None)), lengths)
+
+    def read(self, x: jax.Array, lengths: jax.Array) -> Encoded:
+        """Does what `encode` does, from the embeddings [B, S, D] of a text."""
+        positions = next_positions(x, None)
         x = self.encoder.layers(x, positions, attend=bidirectional_attend, ctx=lengths)[0]
         return self.decoder.encoded(self.encoder.final_norm(x), lengths)
 
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """Maps tokens i32[B, T] at positions i32[B, T] to [B, T, D], for either stack."""
+        return self.decoder.embed(tokens, positions)
 
-Network = Decoder | EncoderDecoder
+    def layers(self, x: jax.Array, positions: jax.Array, *args: Any, **options: Any) -> Any:
+        """Runs blocks of the decoder: see `models.decoder.Decoder.layers`."""
+        return self.decoder.layers(x, positions, *args, **options)
+
+    def unembed(self, x: jax.Array) -> jax.Array:
+        """Maps the residual stream after the decoder's last block, [..., D], to logits f32[..., V]."""
+        return self.decoder.unembed(x)
 
 
-def network(config: ModelConfig) -> Network:
-    """Returns the network of a config."""
-    return EncoderDecoder(config) if isinstance(config, EncoderDecoderConfig) else Decoder(config)
+Network = Decoder | EncoderDecoder | Dolphin
+
+
+def network(config: ModelConfig | DolphinConfig, remat: bool = False) -> Network:
+    """Returns the network of a config; see `models.decoder.Decoder` for `remat`."""
+    kinds = {EncoderDecoderConfig: EncoderDecoder, DolphinConfig: Dolphin}
+    return kinds.get(type(config), Decoder)(config, remat)
+
+
+def writing_stack(model: Network, params: Any) -> tuple[Decoder, Any]:
+    """Returns the stack that writes, with its parameters: of a plain decoder itself."""
+    if isinstance(model, EncoderDecoder):
+        return Decoder(model.config.decoder, model.remat), params["decoder"]
+    if isinstance(model, Dolphin):
+        return model.writer, params["main"]
+    return model, params
 
 
 def init_params(model: Network, key: jax.Array) -> dict[str, Any]:

@@ -11,7 +11,7 @@ Axis letters: B batch, T tokens of a row, D model width, K offsets, R ranks, W t
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,21 @@ from decoding.method import Call, Steps, WithDraft
 from decoding.prefill import Prompts
 from decoding.sampling import top_tokens
 from decoding.speculative.drafter import Drafter, Round, Seen
-from decoding.speculative.head_trees import Accuracy, calibrated_tree, check_accuracy, usual_accuracy
+from decoding.speculative.head_trees import (
+    Accuracy,
+    StateTrees,
+    calibrated_tree,
+    check_accuracy,
+    one_tree,
+    usual_accuracy,
+)
 from decoding.speculative.loop import make_speculative
 from decoding.speculative.sizing import LatencyCurve, check_latency
 from decoding.speculative.tree import Template, TokenTree
+from decoding.speculative.typical import typical
+from decoding.speculative.verify import Mode
 from models.decoder import Decoder
-from models.errors import InputError
+from models.errors import InputError, unknown_name
 
 
 class Reading(NamedTuple):
@@ -37,12 +46,22 @@ class Reading(NamedTuple):
         positions: a token's place in its text.
         segments: which text of the row a token belongs to, from 1 on; 0 is padding.
         hidden: {i: [B, T, D]}, the target's residual streams by the index of the layer they enter.
+        places: i32[B, M], the tokens that guesses are wanted from, -1 for none; None: all T.
     """
 
     tokens: jax.Array
     positions: jax.Array
     segments: jax.Array
     hidden: dict[int, jax.Array]
+    places: jax.Array | None = None
+
+    def at_places(self, x: jax.Array) -> jax.Array:
+        """Returns what stands at the places, [B, M, ...], of [B, T, ...]."""
+        if self.places is None:
+            return x
+        return jnp.take_along_axis(
+            x, jnp.maximum(self.places, 0).reshape(*self.places.shape, *(1,) * (x.ndim - 2)), axis=1
+        )
 
 
 class HeadKind(NamedTuple):
@@ -54,12 +73,16 @@ class HeadKind(NamedTuple):
         init: (config, model, params, key) -> its values at the start.
         guesses: (config, model, params, values, reading) -> [B, T, K, D]; entry [b, t, k] is what the target's
             unembedding (`Decoder.scores`) turns into guesses of token t + 2 + k, token t + 1 being known.
+        some: whether it makes those of the reading's places alone, [B, M, K, D].
+        trees: (config, accuracy, nodes) -> the trees that it drafts with.
     """
 
     config: type
     streams: Callable[[Any, Decoder], tuple[int, ...]]
     init: Callable[[Any, Decoder, Any, jax.Array], Any]
     guesses: Callable[[Any, Decoder, Any, Any, Reading], jax.Array]
+    some: bool = False
+    trees: Callable[[Any, Accuracy, int], StateTrees] = one_tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +95,9 @@ class HeadOptions:
         offsets: depth of the tree at most; None: as many as the head has.
         accuracy: how often the head is right, by offset and rank (`decoding.speculative.head_trees`); None: a guess.
         latency: what passes cost here (`decoding.speculative.sizing`): only guesses that pay are kept.
+        acceptance: `typical` keeps what the target finds likely enough (`decoding.speculative.typical`): then the
+            method is lossy.
+        epsilon: the most that typical acceptance asks of a probability.
     """
 
     head: Any = None
@@ -79,9 +105,15 @@ class HeadOptions:
     offsets: int | None = None
     accuracy: Accuracy | None = None
     latency: LatencyCurve | None = None
+    acceptance: Literal["exact", "typical"] = "exact"
+    epsilon: float = 0.09
 
     def __post_init__(self) -> None:
         check_latency(self.latency)
+        if self.acceptance not in ("exact", "typical"):
+            raise unknown_name("acceptance", self.acceptance, ("exact", "typical"))
+        if not 0 < self.epsilon < 1:
+            raise InputError(f"epsilon is a probability between 0 and 1, got {self.epsilon}: the paper's is 0.09")
         known = next(field.default for field in dataclasses.fields(self) if field.name == "head")
         if not isinstance(self.head, type(known)):
             raise InputError(f"head must be a {type(known).__name__}, the settings of a head; got {self.head!r:.80}")
@@ -103,7 +135,17 @@ class HeadOptions:
         """Offsets that are drafted."""
         return self.head.offsets if self.offsets is None else self.offsets
 
-    def tree(self, vocab: int) -> Template:
+    @property
+    def lossy(self) -> bool:
+        """Whether texts are neither greedy ones nor of the target's law."""
+        return self.acceptance == "typical"
+
+    @property
+    def mode(self) -> Mode:
+        """How trees are verified."""
+        return typical(self.epsilon) if self.lossy else "node"
+
+    def template(self, vocab: int) -> Template:
         """Returns the static tree, for a model of so many tokens."""
         accuracy = usual_accuracy(self.depth) if self.accuracy is None else self.accuracy[: self.depth]
         return calibrated_tree([row[:vocab] for row in accuracy], self.nodes, self.latency)[0]
@@ -177,7 +219,7 @@ def make_parallel(
         stop_tokens: ids that end a row.
         guess: (params, {i: [B, D]}, round, depth) -> [B, depth, D], the first offsets of what `HeadKind.guesses` has.
     """
-    template = options.tree(model.config.vocab_size)
+    template = options.template(model.config.vocab_size)
     streams = kind.streams(options.head, model)
     ranks = int(template.rank.max()) + 1
 
@@ -203,7 +245,7 @@ def make_parallel(
     drafter = Drafter(
         template.width,
         template.max_depth + 1,
-        "node",
+        options.mode,
         init,
         propose if template.max_depth else plain,
         observe,

@@ -38,6 +38,7 @@ from decoding.speculative.draft_model import (
     start_stream,
 )
 from decoding.speculative.drafter import Drafter, Round, Seen
+from decoding.speculative.dynamic_tree import best_rows
 from decoding.speculative.loop import make_speculative
 from decoding.speculative.tree import TokenTree, grown
 from models.decoder import Decoder
@@ -153,10 +154,8 @@ def pruned(tree: Candidates, laws: jax.Array, width: int) -> tuple[TokenTree, ja
     `laws` f32[B, X, V] stand behind the first X candidates. No candidate is worth more than its parent or elder
     siblings, which come first and so win ties: what is kept is a tree.
     """
-    places = jnp.sort(jax.lax.top_k(tree.value, width)[1], axis=1)
-    live = jnp.take_along_axis(tree.value, places, axis=1) > -jnp.inf
     candidates = TokenTree(tree.tokens, tree.parent, tree.depth, tree.ancestors, laws)
-    return candidates.subtree(places, live), places
+    return best_rows(candidates, tree.value, width)
 
 
 def make_dyspec(model: Decoder, options: DySpecOptions, stop_tokens: tuple[int, ...]) -> Steps:

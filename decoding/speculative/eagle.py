@@ -9,12 +9,14 @@ output of the row before it in place of the feature:
 
 After a pass the cache is rebuilt from true features: rows of guesses never stay.
 
-Deviations: the tree is static and comes from calibration, as that of every head here. The block keeps its first norm,
-and starts as the identity: its output projections are zero, F is [0.3 I; I]. The loss is that of `finetune.draft_heads`
+With `tree: dynamic` it is EAGLE-2 (2406.16858, `decoding.speculative.dynamic_tree`), from the same weights.
+
+Deviations: the static tree comes from calibration, as that of every head here. The block keeps its first norm, and
+starts as the identity: its output projections are zero, F is [0.3 I; I]. The loss is that of `finetune.draft_heads`
 over `offsets` steps, each fed with the outputs of the one before it (the paper: one step on true features, with noise);
 tokens of the text are fed whatever was guessed.
 
-Axis letters: B batch, T tokens of a row, A tokens kept at most, K offsets, W tree rows, R ranks, D model width.
+Axis letters: B batch, T tokens of a row, K offsets, D model width.
 """
 
 import dataclasses
@@ -23,18 +25,21 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from decoding.method import Call, Method, Steps, WithDraft
-from decoding.prefill import CHUNK, Prompts, hidden_observer
-from decoding.sampling import top_tokens
-from decoding.speculative.draft_head import HeadKind, HeadOptions, Reading, check_values, normed, scores
-from decoding.speculative.drafter import Drafter, Round, Seen
+from decoding.method import Method, Steps, WithDraft
+from decoding.speculative.draft_head import HeadKind, Reading, normed
+from decoding.speculative.dynamic_tree import Level
 from decoding.speculative.groups import Groups, group_attend
-from decoding.speculative.loop import make_speculative
-from decoding.speculative.tree import Template
+from decoding.speculative.level_head import (
+    LevelHead,
+    LevelOptions,
+    fresh_blocks,
+    last_blocks,
+    make_level,
+    run_blocks,
+)
 from models.attention import TreeRows, dense_attend, segment_attend, tree_attend
-from models.cache import KVCache, commit, init_cache
+from models.cache import KVCache
 from models.decoder import Decoder
 from models.errors import InputError
 from models.kernels import PRECISION
@@ -53,18 +58,10 @@ class EagleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class EagleOptions(HeadOptions):
+class EagleOptions(LevelOptions):
     """Head and tree."""
 
     head: Any = EagleConfig()
-
-
-@struct.dataclass
-class EagleState:
-    """The layer's cache, a row for every token but the newest, and [B, D], what its last row came to."""
-
-    cache: KVCache
-    last: jax.Array
 
 
 class Layer:
@@ -73,7 +70,7 @@ class Layer:
     def __init__(self, model: Decoder):
         """Takes the target."""
         self.model = model
-        self.block = Decoder(dataclasses.replace(model.config, blocks=model.config.blocks[-1:]))
+        self.block = last_blocks(model)
 
     def enter(self, params: Any, values: Any, tokens: jax.Array, features: jax.Array) -> jax.Array:
         """Returns f32[B, T, D], what enters the block, of i32[B, T] tokens and the features [B, T, D] before them."""
@@ -84,18 +81,20 @@ class Layer:
 
     def run(self, values: Any, x: jax.Array, positions: jax.Array, cache: Any, attend: Any, ctx: Any = None):
         """Runs the block on x [B, T, D]; returns (output, cache with T rows written)."""
+        return run_blocks(self.block, [values["block"]], x, positions, cache, attend, ctx)
 
-        def forward(module: Decoder, x: jax.Array):
-            out, _, written, _ = module.layers(x, positions, cache, attend, ctx)
-            return out, written
-
-        return self.block.apply({"params": {"layers_0": values["block"]}}, x, method=forward)
-
-    def follow(self, params: Any, values: Any, cache: KVCache, tokens: jax.Array, features: jax.Array):
-        """Reads tokens i32[B, T] behind a cache, each with the feature of the token before it: (output, cache)."""
-        x = self.enter(params, values, tokens, features)
+    def follow(self, params: WithDraft, cache: KVCache, tokens: jax.Array, stream: jax.Array):
+        """Reads text; see `LevelHead`."""
+        x = self.enter(params.target, params.draft, tokens, normed(self.model, params.target, stream))
         positions = cache.length[:, None] + jnp.arange(x.shape[1])[None, :]
-        return self.run(values, x, positions, cache, dense_attend)
+        return self.run(params.draft, x, positions, cache, dense_attend)
+
+    def go_on(self, params: WithDraft, level: Level, before: jax.Array, cache: KVCache):
+        """Reads a level of guesses, each with what the row before it came to in place of a feature."""
+        x = self.enter(params.target, params.draft, level.tokens, before)
+        positions = jnp.broadcast_to(cache.length[:, None] + (level.depth - 1), level.tokens.shape)
+        rows = TreeRows(level.ancestors, level.steps)
+        return self.run(params.draft, x, positions, cache, tree_attend, rows)
 
 
 def _streams(config: EagleConfig, model: Decoder) -> tuple[int, ...]:
@@ -105,15 +104,10 @@ def _streams(config: EagleConfig, model: Decoder) -> tuple[int, ...]:
 def _init(config: EagleConfig, model: Decoder, params: Any, key: jax.Array) -> Any:
     width = model.config.width
     keys = jax.random.split(key)
-    block = Layer(model).block
-    fresh = block.init(keys[0], jnp.zeros((1, 1), jnp.int32))["params"]["layers_0"]
-    fresh = jax.tree.map(lambda x: x.astype(jnp.float32), fresh)
-    for part, name in (("attention", "o"), ("mlp", "down")):
-        fresh[part][name] = jax.tree.map(jnp.zeros_like, fresh[part][name])
     eye = jnp.eye(width, dtype=jnp.float32)
     size = jnp.sqrt(jnp.mean(jnp.square(params["embedding"]["embedding"].astype(jnp.float32))))
     return {
-        "block": fresh,
+        "block": fresh_blocks(model, 1, keys[0])[0],
         "mix": jnp.concatenate([0.3 * eye, eye]) + 0.01 * jax.random.normal(keys[1], (2 * width, width)),
         "bias": jnp.zeros((width,), jnp.float32),
         "scale": (2.0 / jnp.maximum(size, 1e-6))[None],
@@ -149,94 +143,16 @@ def _text_attend(q, k, v, cache, ctx: Groups, *, config, layer):
 EAGLE_HEAD = HeadKind(EagleConfig, _streams, _init, _guesses)
 
 
-def read_prompts(layer: Layer, params: WithDraft, prompts: Prompts, slots: int) -> EagleState:
-    """Returns the state behind prompts.
-
-    Args:
-        layer: the draft layer.
-        params: the target's and the layer's.
-        prompts: what the text follows, and what a `hidden_observer` has seen of it.
-        slots: of the layer's cache.
-    """
-    batch, width = prompts.tokens.shape
-    piece, model = min(width, CHUNK), layer.model
-    states = prompts.seen[0].astype(params.target["embedding"]["embedding"].dtype)
-    following = jnp.pad(prompts.tokens, ((0, 0), (0, 1)))[:, 1:]
-
-    def read(index: jax.Array, carry: tuple[KVCache, jax.Array]):
-        cache, last = carry
-        x, tokens = (jax.lax.dynamic_slice_in_dim(x, index * piece, piece, axis=1) for x in (states, following))
-        out, cache = layer.follow(params.target, params.draft, cache, tokens, normed(model, params.target, x))
-        place = prompts.lengths - 2 - index * piece
-        chosen = jnp.take_along_axis(out, jnp.clip(place, 0, piece - 1)[:, None, None], axis=1)[:, 0]
-        last = jnp.where(((place >= 0) & (place < piece))[:, None], chosen, last)
-        return commit(cache, None, jnp.full((batch,), piece)), last
-
-    own = init_cache([model.config.blocks[-1].attention], batch, max(slots, width), jnp.float32)
-    start = own, jnp.zeros((batch, model.config.width), jnp.float32)
-    cache, last = jax.lax.fori_loop(0, width // piece, read, start)
-    return EagleState(cache.replace(length=prompts.lengths - 1), last)
-
-
-def drafted(
-    layer: Layer, template: Template, ranks: int, params: WithDraft, state: EagleState, round_: Round
-) -> jax.Array:
-    """Returns the tree's tokens, i32[B, W], level by level: only rows with children are read."""
-    tokens = jnp.zeros((len(round_.last), template.width), jnp.int32).at[:, 0].set(round_.last)
-    inner = np.unique(template.parent[1:])  # breadth first, row 0 the first of them
-    outputs, cache = state.last[:, None], state.cache
-    for depth, (start, stop) in enumerate(template.levels):
-        level = inner[template.depth[inner] == depth]
-        best = top_tokens(scores(layer.model, params.target, outputs), ranks)
-        own = np.searchsorted(level, template.parent[start:stop])
-        tokens = tokens.at[:, start:stop].set(best[:, own, template.rank[start:stop]])
-        below = inner[template.depth[inner] == depth + 1]
-        if not len(below):
-            break
-        upto = inner[(template.depth[inner] <= depth + 1) & (inner > 0)]
-        before = outputs[:, np.searchsorted(level, template.parent[below])]
-        x = layer.enter(params.target, params.draft, tokens[:, below], before)
-        ancestors, steps = template.ancestors[np.ix_(below, upto)], template.depth[upto] - 1
-        rows = TreeRows(jnp.asarray(ancestors)[None], jnp.asarray(steps)[None])
-        positions = jnp.broadcast_to(cache.length[:, None] + depth, (len(x), len(below)))
-        outputs, cache = layer.run(params.draft, x, positions, cache, tree_attend, rows)
-    return tokens
+def eagle_head(model: Decoder) -> LevelHead:
+    """Returns the head on a target: what its layer makes of a row is what the unembedding reads."""
+    layer = Layer(model)
+    own = (model.config.blocks[-1].attention,)
+    return LevelHead(EAGLE_HEAD, own, layer.follow, layer.go_on, lambda params, depth, states, tokens: states)
 
 
 def make_eagle(model: Decoder, options: EagleOptions, stop_tokens: tuple[int, ...]) -> Steps:
-    """Drafts the calibrated tree of `options.nodes` guesses."""
-    template, layer = options.tree(model.config.vocab_size), Layer(model)
-    ranks, most = int(template.rank.max()) + 1, template.max_depth + 1
-    inner = len(np.unique(template.parent[1:]))
-
-    def init(params: WithDraft, prompts: Prompts, slots: int, call: Call) -> EagleState:
-        check_values(EAGLE_HEAD, options.head, model, params)
-        return read_prompts(layer, params, prompts, slots + inner + most)
-
-    def propose(params: WithDraft, state: EagleState, round_: Round):
-        tokens = drafted(layer, template, ranks, params, state, round_)
-        count = jnp.full_like(round_.last, template.width - 1)
-        return template.tree(tokens), state, count, jnp.full_like(count, template.max_depth)
-
-    def observe(params: WithDraft, state: EagleState, seen: Seen) -> EagleState:
-        stream = seen.digest[model.config.num_layers]
-        f = normed(model, params.target, jnp.take_along_axis(stream, seen.verified.rows[..., None], axis=1))
-        out, cache = layer.follow(params.target, params.draft, state.cache, seen.verified.tokens, f)
-        last = jnp.take_along_axis(out, seen.verified.count[:, None, None] - 1, axis=1)[:, 0]
-        return EagleState(commit(cache, None, seen.emitted), last)
-
-    drafter = Drafter(
-        template.width,
-        most,
-        "node",
-        init,
-        propose,
-        observe,
-        digest=lambda logits, hidden: hidden,
-        collect=(model.config.num_layers,),
-        observer=hidden_observer(model.config.width),
-    )
-    return make_speculative(model, drafter, stop_tokens)
+    """Drafts the calibrated tree of `options.nodes` guesses, or EAGLE-2's."""
+    return make_level(eagle_head(model), model, options, stop_tokens)
 
 
 EAGLE = Method("exact", EagleOptions, make_eagle, temperature=0.0, head=True)

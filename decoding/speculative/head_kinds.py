@@ -2,13 +2,21 @@
 
 from typing import Any
 
+from decoding.speculative.clover import CLOVER_HEAD, CloverConfig
 from decoding.speculative.draft_head import HeadKind
 from decoding.speculative.eagle import EAGLE_HEAD, EagleConfig
 from decoding.speculative.hidden_transfer import HIDDEN_TRANSFER_HEAD, HiddenTransferConfig
 from decoding.speculative.medusa import MEDUSA_HEAD, MedusaConfig
+from decoding.speculative.ppd import PPD_HEAD, PPDConfig
 
-HEADS: dict[str, HeadKind] = {"eagle": EAGLE_HEAD, "hidden_transfer": HIDDEN_TRANSFER_HEAD, "medusa": MEDUSA_HEAD}
-HeadConfig = MedusaConfig | EagleConfig | HiddenTransferConfig
+HEADS: dict[str, HeadKind] = {
+    "clover": CLOVER_HEAD,
+    "eagle": EAGLE_HEAD,
+    "hidden_transfer": HIDDEN_TRANSFER_HEAD,
+    "medusa": MEDUSA_HEAD,
+    "ppd": PPD_HEAD,
+}
+HeadConfig = MedusaConfig | CloverConfig | EagleConfig | HiddenTransferConfig | PPDConfig
 
 
 def kind_of(config: Any) -> HeadKind:

@@ -8,8 +8,8 @@ head k maps it to what the unembedding turns into guesses k + 2 tokens ahead:
     mlp     f + U SiLU(W f + b), W of twice the width, U zero at first: more is learned from little text
 
 Deviations: the released heads each train a copy U_k of the unembedding; here all share the target's own, frozen (the
-released code's first form), as a copy has V * D numbers. Acceptance is exact (greedy) or keeps the target's law, not
-"typical".
+released code's first form), as a copy has V * D numbers. Acceptance is exact (greedy) or keeps the target's law; the
+paper's own, `acceptance: typical`, is an option of every head.
 
 Axis letters: B batch, K offsets, D model width.
 """

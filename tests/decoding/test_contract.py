@@ -41,6 +41,7 @@ DRAWS = 40_000
 PROMPT = [2, 0, 3]
 SMALL = {  # options of methods that take long to compile, or that would read all of a short text
     "aded": {"slots": 256, "iterations": 20, "sentences": 6},
+    "clover": {"nodes": 3},
     "core_infer": {"first": 1, "last": 1},
     "dyspec": {"budget": 5, "frontier": 3, "depth": 3},
     "eagle": {"nodes": 9, "offsets": 3},
@@ -55,6 +56,7 @@ SMALL = {  # options of methods that take long to compile, or that would read al
         "gates": ((0.1, 0.9), (0.0, 0.0), (0.8, 0.2)),
     },
     "medusa": {"nodes": 9},
+    "ppd": {"nodes": 11},
     "rapid": {"length": 3},
     "rsd_c": {"children": (3, 2)},
     "rsd_s": {"beams": 3, "depth": 2},

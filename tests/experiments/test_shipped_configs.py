@@ -40,9 +40,15 @@ KINDS = {
     "bench/long_text": LongTextConfig,
     "train": TrainConfig,
     "train/specdec_pp": HeadConfig,
+    "train/clover": DraftHeadConfig,
+    "train/clover_2": DraftHeadConfig,
+    "train/clover_without_block": DraftHeadConfig,
+    "train/clover_without_connection": DraftHeadConfig,
+    "train/clover_without_decoder": DraftHeadConfig,
     "train/eagle": DraftHeadConfig,
     "train/hidden_transfer": DraftHeadConfig,
     "train/medusa": DraftHeadConfig,
+    "train/ppd": DraftHeadConfig,
     "generate": GenerateConfig,
 }
 FILES = sorted(CONFIGS.rglob("*.yaml"))

@@ -10,10 +10,11 @@ from decoding.decode import Plan, start
 from decoding.method import Call
 from decoding.prefill import hidden_observer, observed_prefill, pad_prompts
 from decoding.sampling import Sampling
-from decoding.speculative import eagle
+from decoding.speculative import level_head
 from decoding.speculative.draft_head import Reading, normed
-from decoding.speculative.eagle import EAGLE_HEAD, EagleConfig, EagleOptions, Layer, read_prompts
+from decoding.speculative.eagle import EAGLE_HEAD, EagleConfig, EagleOptions, Layer, eagle_head
 from decoding.speculative.head_kinds import HEADS
+from decoding.speculative.level_head import read_prompts
 from models.errors import InputError
 from tests.support.decode_reference import PROMPTS
 
@@ -65,14 +66,14 @@ def read(tiny, both, prompts, slots: int):
     """`read_prompts` behind the prefill that it looks on."""
     model, params = tiny
     seen = observed_prefill(model, params, prompts, slots, observer=hidden_observer(model.config.width))[1]
-    return read_prompts(Layer(model), both, prompts.replace(seen=seen), slots)
+    return read_prompts(eagle_head(model), model, both, prompts.replace(seen=seen), slots)
 
 
 def test_prompts_read_in_pieces_leave_the_same_cache(tiny, monkeypatch):
     both = WithDraft(tiny[1], values_of(tiny, 0.1))
     prompts = pad_prompts([PROMPTS[2], PROMPTS[4], [5]], 61)
     whole = read(tiny, both, prompts, 32)
-    monkeypatch.setattr(eagle, "CHUNK", 4)
+    monkeypatch.setattr(level_head, "CHUNK", 4)
     monkeypatch.setattr(prefill, "CHUNK", 8)
     pieces = read(tiny, both, prompts, 32)
     assert whole.cache.length.tolist() == [15, 8, 0]
