@@ -125,12 +125,12 @@ def read_contexts(
     return padded.replace(inserted=Contexts(read, np.array([start for _, start in placed], np.int32)))
 
 
-def encode_with_slot(tokenizer: Any, text: str, mark: str) -> list[int]:
+def encode_with_slot(tokenizer: Any, text: str, mark: str, add_special: bool = True) -> list[int]:
     """Returns the ids of a text with `SLOT` in place of the first mark; in front where there is none."""
     before, found, after = text.partition(mark)
     if not found:
-        return [SLOT, *tokenizer.encode(text)]
-    return [*tokenizer.encode(before), SLOT, *tokenizer.encode(after, add_special=False)]
+        return [SLOT, *tokenizer.encode(text, add_special=add_special)]
+    return [*tokenizer.encode(before, add_special=add_special), SLOT, *tokenizer.encode(after, add_special=False)]
 
 
 def _read(model: Decoder | Dolphin, contexts: Any) -> Prompts | jax.Array:
