@@ -190,8 +190,8 @@ def _speeds(config: RoeTableConfig) -> dict[float, Figures]:
 def _measure_speeds(shapes: list[ScratchConfig], size: RoePreset) -> list[Figures]:
     import jax
 
-    from experiments.timed import alternate
     from experiments.scratch_tokenizers import scratch_tokenizer
+    from experiments.timed import alternate
     from models.encoder_decoder import init_params
 
     found: list[Figures] = []

@@ -24,6 +24,7 @@ from experiments.joining import encoder_tuning, joined
 from experiments.kept import locked
 from experiments.scratch_tokenizers import scratch_tokenizer
 from experiments.train_config import TrainConfig
+from experiments.train_dolphin import load_pair, save_pair
 from experiments.train_report import CompiledStep, Evaluator, Figures, Reporter
 from finetune import state as states
 from finetune.adapters import make_adapter
@@ -38,10 +39,11 @@ from finetune.objective_configs import DistillationConfig, make_objective
 from finetune.objectives import BatchObjective, Objective
 from finetune.optimizers import learning_rate, make_optimizer
 from finetune.packing import Batches
-from finetune.rows import Pairs, Rows
+from finetune.rows import Compressed, Pairs, Rows
 from finetune.run_log import RunLog
 from finetune.state import Batch, Constants, Method, TrainState
 from finetune.trainer import Hook, NotFinite, make_train_step, train
+from models.dolphin import PARTS, Dolphin
 from models.encoder_decoder import EncoderDecoder, Network, decoder_only, init_params, network
 from models.errors import InputError
 from models.growth import grow
@@ -56,6 +58,8 @@ class Base(NamedTuple):
     model: Network
     params: Any
     tokenizer: Tokenizer
+    reader: Tokenizer | None = None  # a compressor's
+    bases: Any = None  # what a pair of decoders is made of
 
 
 class Run(NamedTuple):
@@ -101,11 +105,17 @@ def load_base(config: TrainConfig, mesh: Mesh) -> Base:
         params = build(lambda: init_params(model, jax.random.key(config.seed)), mesh=mesh)
     if config.length > model.config.max_length:
         raise InputError(f"length {config.length} is more than the model's context of {model.config.max_length} tokens")
-    return Base(name, network(model.config, config.remat), params, tokenizer)
+    base = Base(name, network(model.config, config.remat), params, tokenizer)
+    return base if config.dolphin is None else load_pair(config, base, mesh)
 
 
-def pairs_of(config: TrainConfig, model: Network) -> Pairs | None:
-    """Returns what the rows of a model with an encoder are like; None for any other."""
+def pairs_of(config: TrainConfig, model: Network, reader: Tokenizer | None = None) -> Pairs | Compressed | None:
+    """Returns what the rows of a model with an encoder or a compressor are like; None for any other."""
+    if isinstance(model, Dolphin):
+        source_length = config.source_length or config.length
+        if source_length > model.config.longest:
+            raise InputError(f"source_length {source_length} is more than the compressor reads, {model.config.longest}")
+        return Compressed(reader, model.config.memory, source_length)
     if not isinstance(model, EncoderDecoder):
         if config.source_length is not None:
             raise InputError("source_length is for models with an encoder, which this one has not: leave it out (null)")
@@ -121,7 +131,7 @@ def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size // config.accumulate, mesh)
     base = load_base(config, mesh)
-    data = read_data(config.data, base.tokenizer, config.length, pairs_of(config, base.model))
+    data = read_data(config.data, base.tokenizer, config.length, pairs_of(config, base.model, base.reader))
     batches, test = _batches(config, data.train, mesh), config.evaluation.batches
     # Held-out rows are read by the micro-batch: what an update can hold, an evaluation can.
     part = dataclasses.replace(config, batch_size=config.batch_size // config.accumulate, accumulate=1)
@@ -142,7 +152,9 @@ def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
     schedule = learning_rate(config.optimizer, config.steps)
     step = make_train_step(base.model, objective, method, optimizer, schedule, mesh)
     constants = Constants(rebased(frozen), frozen, objective.constants)
-    belongs_to = None if config.adapter is None else base_of(base.name, base.params)
+    belongs_to = base.bases
+    if config.adapter is not None and belongs_to is None:
+        belongs_to = base_of(base.name, base.params)
     return Run(
         base.name,
         base.model,
@@ -235,7 +247,11 @@ def _method(
         gradients = kernels if resumed else _gradients(base, mesh, objective, kernels, batches, config)
     frozen, trainable = adapter.init(jax.random.key(config.seed), kernels, gradients)
     frozen, trainable = place(frozen, mesh), place(trainable, mesh)
-    return states.adapter_tuning(adapter), frozen, trainable, lambda frozen: rebase(adapter, base.params, frozen)
+    method = states.adapter_tuning(adapter)
+    if config.dolphin is not None:
+        whole = {name: jax.tree.map(lambda x: jnp.array(x, jnp.float32), base.params[name]) for name in PARTS}
+        method, trainable = states.with_whole(method, PARTS), {"adapter": trainable, "whole": whole}
+    return method, frozen, trainable, lambda frozen: rebase(adapter, base.params, frozen)
 
 
 def _gradients(base: Base, mesh: Any, objective: Objective, kernels: Any, batches: Batches, config: TrainConfig) -> Any:
@@ -246,7 +262,7 @@ def _gradients(base: Base, mesh: Any, objective: Objective, kernels: Any, batche
 # What decides where a run comes out; the rest of a config, and the learning rate, may change when it goes on.
 _DECIDES = (
     *("model", "scratch", "growth", "join", "dtype", "adapter", "data", "objective", "optimizer"),
-    *("batch_size", "length", "source_length", "packing"),
+    *("dolphin", "batch_size", "length", "source_length", "packing"),
 )
 
 
@@ -378,6 +394,9 @@ def _save_trained(config: TrainConfig, run: Run, state: TrainState) -> None:
     from models.weights.orbax import save_model
 
     frozen, trainable = run.method.finish(run.constants.frozen, state.trainable)
+    if config.dolphin is not None:
+        save_pair(config, run, frozen, trainable)
+        return
     if config.adapter is not None:
         save_adapter(config.run_dir / "adapter", config.adapter, frozen, trainable, run.belongs_to)
         return

@@ -10,14 +10,16 @@ import hashlib
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from decoding.contexts import SLOT
 from finetune.code_pairs import code_pairs
 from finetune.corpus import TASKS, Example, generate
+from finetune.facts import Stage, fact_examples
 from finetune.library_code import library_pairs
 from finetune.othello import games
 from finetune.recall import recall_examples
 from finetune.records import TASKS as RECORD_TASKS
 from finetune.records import record_examples
-from finetune.rows import Pairs, Row, Rows, as_chat, encode, fit, pair
+from finetune.rows import Compressed, Pairs, Row, Rows, as_chat, encode, fit, pair, with_context
 from finetune.sources import FileData, HubData, Item, Placed, read_source
 from finetune.stories import stories
 from models.errors import InputError
@@ -179,14 +181,44 @@ def code_examples(config: CodeData, test: bool) -> list[Example]:
     return code_pairs(size, config.seed, test)
 
 
-DataConfig = GeneratedData | StoriesData | RecallData | RecordsData | OthelloData | CodeData | FileData | HubData
+@dataclasses.dataclass(frozen=True)
+class FactsData:
+    """Contexts of facts, and what is to be said of them (`finetune.facts`); for models that read contexts apart.
+
+    Attributes:
+        stage: what is to be said: the context again, what follows from it, or the answer to a question.
+        size: examples to train on.
+        test_size: examples to test on, of other contexts.
+        facts: sentences of a context.
+        seed: of the examples.
+    """
+
+    type: Literal["facts"] = "facts"
+    stage: Stage = "restoration"
+    size: int = 20_000
+    test_size: int = 200
+    facts: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.test_size < 0 or self.facts < 1:
+            raise InputError("size and facts must be at least 1, and test_size 0")
+
+
+DataConfig = (
+    GeneratedData | StoriesData | RecallData | RecordsData | OthelloData | CodeData | FactsData | FileData | HubData
+)
+
+
+Beside = Pairs | Compressed
 
 
 class Question(NamedTuple):
-    """A prompt as the model sees it, and the example that it came from."""
+    """A prompt as the model sees it, the example that it came from, and what a compressor reads beside it."""
 
     tokens: list[int]
     example: Example
+    context: list[int] | None = None
 
 
 class TrainingData(NamedTuple):
@@ -205,14 +237,15 @@ class TrainingData(NamedTuple):
     notes: tuple[str, ...]
 
 
-def read_data(config: DataConfig, tokenizer: Tokenizer, length: int, pairs: Pairs | None = None) -> TrainingData:
+def read_data(config: DataConfig, tokenizer: Tokenizer, length: int, pairs: Beside | None = None) -> TrainingData:
     """Reads, encodes and splits what a config names.
 
     Args:
         config: the source.
         tokenizer: of the model to be trained.
         length: most tokens of a row, from 2 up.
-        pairs: of a model with an encoder, which reads prompts and writes completions; None: of any other.
+        pairs: of a model with an encoder, which reads prompts and writes completions, or with a compressor, which reads
+            contexts; None: of any other.
 
     Raises:
         InputError: no such task, file, dataset, split or column; a row without the wanted text, named by its number; no
@@ -235,7 +268,7 @@ def read_data(config: DataConfig, tokenizer: Tokenizer, length: int, pairs: Pair
         fitted.append((rows, [f"{purpose}: {note}" for note in notes]))
     (rows, notes), (test_rows, test_notes) = fitted
     questions = (
-        Question(list(row.source) or row.tokens[: row.targets.index(True)], item)
+        _question(item, row, pairs)
         for item, row in test
         if isinstance(item, Example) and len(row.tokens) <= length and any(row.targets)
         if pairs is None or len(row.source) <= pairs.source_length
@@ -261,23 +294,44 @@ def _read(config: DataConfig) -> tuple[str, Placed, Placed | None, bool]:
             return [("a game", text) for text in games(size, config.seed, test, config.turns)]
         if isinstance(config, CodeData):
             return [("a function", example) for example in code_examples(config, test)]
+        if isinstance(config, FactsData):
+            made = fact_examples(config.stage, size, config.facts, config.seed, test)
+            return [("a context of facts", example) for example in made]
         return [(example.task, example) for example in generate(config.tasks, size, config.seed, test)]
 
     chat = isinstance(config, GeneratedData) and config.chat
     return f"{config.type} data", side(config.size, False), side(config.test_size, True), chat
 
 
-def _encode(items: Placed, tokenizer: Tokenizer, chat: bool, pairs: Pairs | None) -> list[tuple[Item, Row]]:
+def _encode(items: Placed, tokenizer: Tokenizer, chat: bool, pairs: Beside | None) -> list[tuple[Item, Row]]:
     encoded = []
     for place, item in items:
         try:
             row = encode(tokenizer, as_chat(item) if chat and isinstance(item, Example) else item)
-            if pairs is not None:
+            if isinstance(pairs, Compressed):
+                row = _compressed(item, row, pairs, tokenizer)
+            elif isinstance(item, Example) and item.context:
+                raise InputError("these examples are about contexts: train a model with a compressor (set dolphin)")
+            elif pairs is not None:
                 row = _paired(item, row, pairs.start_token)
         except InputError as error:
             raise InputError(f"{place}: {error}") from error
         encoded.append((item, row))
     return encoded
+
+
+def _compressed(item: Item, row: Row, pairs: Compressed, tokenizer: Tokenizer) -> Row:
+    if not isinstance(item, Example) or not item.context:
+        raise InputError("a model with a compressor learns from examples about contexts: take data of type facts")
+    return with_context(row, item.context, pairs, tokenizer.bos_id)
+
+
+def _question(item: Example, row: Row, pairs: Beside | None) -> Question:
+    prompt = row.tokens[: row.targets.index(True)]
+    if not isinstance(pairs, Compressed):
+        return Question(list(row.source) or prompt, item)
+    first = prompt.index(SLOT)
+    return Question([*prompt[: first + 1], *prompt[first + pairs.memory :]], item, list(row.source))
 
 
 def _paired(item: Item, row: Row, start_token: int) -> Row:
