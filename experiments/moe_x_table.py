@@ -17,7 +17,7 @@ from experiments.config import dump_config
 from experiments.kept import cell_key, keep, read_kept
 from experiments.train_config import TrainConfig
 from experiments.train_table import HELD_OUT, Figures, TrainClaim, TrainRow
-from finetune.data import OthelloData, StoriesData
+from finetune.data_configs import OthelloData, StoriesData
 from models.config import Activation
 from models.growth import GrowthConfig
 from models.scratch import ExpertsConfig, ScratchConfig

@@ -10,7 +10,8 @@ import pytest
 
 from experiments.schema import build
 from finetune.code_tokenizer import code_tokenizer
-from finetune.data import CodeData, DataConfig, GeneratedData, code_examples, read_data
+from finetune.data import code_examples, read_data
+from finetune.data_configs import CodeData, DataConfig, GeneratedData
 from finetune.rows import Pairs
 from finetune.sources import Columns, FileData, HubData
 from models.errors import InputError

@@ -5,7 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from finetune.data import OthelloData, read_data
+from finetune.data import read_data
+from finetune.data_configs import OthelloData
 from finetune.othello import (
     PASS,
     SQUARES,

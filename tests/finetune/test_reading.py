@@ -9,7 +9,8 @@ import pytest
 from scipy.special import log_softmax, rel_entr
 
 from finetune.corpus import Example
-from finetune.data import GeneratedData, StoriesData, read_data
+from finetune.data import read_data
+from finetune.data_configs import GeneratedData, StoriesData
 from finetune.distillation import DistillationConfig, distillation, joined
 from finetune.objectives import cross_entropy
 from finetune.packing import Batches
