@@ -4,6 +4,7 @@ from decoding.autoregressive import GREEDY, SAMPLE
 from decoding.entropy_adaptive import ENTROPY_ADAPTIVE
 from decoding.grammar.constrained import CONSTRAINED
 from decoding.knob import KNOB
+from decoding.lexical_unit import LEXICAL_UNIT
 from decoding.method import Method
 from decoding.search.beam import BEAM
 from decoding.search.contrastive import CONTRASTIVE
@@ -43,6 +44,7 @@ METHODS: dict[str, Method] = {
     "entropy_adaptive": ENTROPY_ADAPTIVE,
     "hidden_transfer": HIDDEN_TRANSFER,
     "knob": KNOB,
+    "lexical_unit": LEXICAL_UNIT,
     "lserve": LSERVE,
     "medusa": MEDUSA,
     "ppd": PPD,
