@@ -248,7 +248,7 @@ def _model(run: TrainConfig, row: MoeXRow) -> tuple[Any, Any]:
 
     if row.trained:
         return load_model(str(run.run_dir / "model"))[:2]
-    from experiments.training import load_base
+    from experiments.base_model import load_base
     from models.sharding import make_mesh
 
     base = load_base(run, make_mesh(run.mesh))
