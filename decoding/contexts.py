@@ -167,7 +167,10 @@ def _read_texts(model: Dolphin, contexts: Any) -> Prompts:
 
 def _with_room(index: int, prompt: Any, count: int) -> tuple[list[int], int]:
     """Returns a prompt with `count` places for its context, and the first of them."""
-    prompt = list(prompt)
+    try:
+        prompt = list(prompt)
+    except TypeError as error:
+        raise InputError(f"prompt {index} must be a list of token ids, got {prompt!r:.80}") from error
     slots = prompt.count(SLOT)
     if slots > 1 or (prompt and prompt[-1] == SLOT):
         raise InputError(

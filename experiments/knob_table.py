@@ -91,8 +91,8 @@ class _Bench:
 
     @property
     def run_dir(self) -> Path:
-        """Where the tuned model's run is."""
-        return self.config.folder / "lora"
+        """Where the tuned model's run is: other settings have another, so that no figures are of an older model."""
+        return self.config.folder / f"lora-{self.key[:12]}"
 
     def choose(self) -> Figures:
         """Returns items to train and to test on: those known, whose two answers begin with different tokens."""

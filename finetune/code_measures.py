@@ -45,7 +45,7 @@ def held_out(tokenizer: Tokenizer, examples: Sequence[Example], text_length: int
     fitting = [one for one in pairs if len(one[0]) < text_length and len(one[1]) < code_length]
     if len(fitting) < 2:
         raise InputError(
-            f"{len(fitting)} of {len(pairs)} pairs have at most {text_length} and {code_length} tokens: take more "
+            f"{len(fitting)} of {len(pairs)} pairs have fewer than {text_length} and {code_length} tokens: take more "
             "pairs or longer rows"
         )
     return HeldOut([text for text, _ in fitting], [code for _, code in fitting])

@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from models.errors import unknown_name
+from models.errors import InputError, unknown_name
 
 Intent = Literal["use", "ignore"]
 _SYSTEM = "Answer the query in one word."
@@ -69,8 +69,13 @@ class Item(NamedTuple):
 def items(families: Sequence[str], contexts: int, seed: int) -> list[Item]:
     """Returns items of some families, those of one query side by side: `contexts` of each, with different answers.
 
-    Raises InputError for a family that there is not.
+    Arithmetic has fewer where no more results have one digit.
+
+    Raises:
+        InputError: a family that there is not, or fewer answers than contexts.
     """
+    if contexts < 1:
+        raise InputError(f"contexts of a query must be at least 1, got {contexts}")
     made: list[Item] = []
     for family in families:
         if family not in FAMILIES:
@@ -84,6 +89,11 @@ def _listed(family: str, contexts: int, rng: random.Random) -> list[Item]:
     query, statement, text = _PAIRS[family]
     pairs = [tuple(pair.split()) for pair in text.split(", ")]
     answers = sorted({answer for _, answer in pairs})
+    if contexts > len(answers) - 2:
+        raise InputError(
+            f"contexts of a query must be at most {len(answers) - 2} where {family} are asked, of which there are "
+            f"{len(answers)} answers; got {contexts}"
+        )
     return [
         Item(family, query.format(thing), statement.format(thing, other), known, other)
         for thing, known in pairs

@@ -25,7 +25,9 @@ from decoding.lexical_unit import check_placeholder
 from decoding.speculative.groups import Groups, group_attend
 from finetune.objectives import Objective, cross_entropy
 from finetune.state import Batch
+from models.config import MoEConfig
 from models.decoder import Decoder
+from models.encoder_decoder import Network
 from models.errors import InputError
 
 LOSS_ROWS = 512  # rows whose logits exist at a time
@@ -125,10 +127,19 @@ def _label_losses(model: Decoder, head: Any, x: jax.Array, labels: jax.Array) ->
     return jax.lax.map(of, (x.reshape(-1, width, x.shape[-1]), labels.reshape(-1, width))).reshape(-1)[:count]
 
 
-def lexical_units(config: LexicalUnitConfig, model: Decoder) -> Objective:
+def lexical_units(config: LexicalUnitConfig, model: Network) -> Objective:
     """Returns the objective; it logs `cross_entropy` of the text, `placeholder_loss` and `in_units`, the share of
     tokens that placeholders predict.
+
+    Raises:
+        InputError: a model that is no plain decoder, or one of mixtures, whose routers' losses are not those of
+            placeholders; or no such token.
     """
+    if not isinstance(model, Decoder) or any(isinstance(block.mlp, MoEConfig) for block in model.config.blocks):
+        raise InputError(
+            f"lexical_unit trains decoder-only models with MLPs, and this {model.config.family} model has an encoder, "
+            "a compressor or experts: take another model or another objective"
+        )
     check_placeholder(config.placeholder, model.config.vocab_size)
 
     def total(model: Decoder, params: Any, constants: Any, batch: Batch):

@@ -61,7 +61,7 @@ def join_config(encoder: DecoderConfig, decoder: DecoderConfig, settings: JoinCo
     """Returns the config of the joined model.
 
     Raises:
-        InputError: more layers than there are, vocabularies of two sizes, or a start token in neither.
+        InputError: more layers than there are, or a start token that the decoder has not.
     """
     if settings.cross_layers > decoder.num_layers:
         raise InputError(

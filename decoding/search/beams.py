@@ -104,9 +104,7 @@ def search_steps(
         newest = jnp.take_along_axis(groups.running.tokens, carry.places[:, None, None, None], axis=3)[..., 0]
         last = jnp.where(groups.done[..., None], carry.last, newest)
         carry = carry.replace(groups=groups, last=last, places=carry.places + active)
-        moved = gather_rows(cache.replace(encoded=None), parent).replace(
-            encoded=cache.encoded
-        )  # one text for all beams
+        moved = gather_rows(cache.replace(encoded=None), parent).replace(encoded=cache.encoded)
         return _counted(state.replace(cache=moved, carry=carry))
 
     def found(state: DecodeState) -> Hypotheses:

@@ -110,6 +110,7 @@ def test_the_penalty_knows_nothing_of_places_of_memory(pair):
         ([[5]], [[1] * 62], "the longest context has 62 tokens, the compressor reads 61 and its 3 memory tokens"),
         ([[5]], jnp.zeros((1, 3, 31)), r"must be floats \[prompts, embeddings, 32\]"),
         ([[5, SLOT, 6]], None, "prompt 0 has token id -1"),
+        ([5], CONTEXTS[:1], "prompt 0 must be a list of token ids, got 5"),
     ],
 )
 def test_what_cannot_be_is_refused(greedy, prompts, contexts, words):

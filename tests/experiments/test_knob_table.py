@@ -96,6 +96,9 @@ def test_items_say_something_else_than_what_is_known():
     assert made[0].context not in prompt(made[0], None, with_context=False)[1]["content"]
     with pytest.raises(InputError, match="family of context tasks"):
         items(["captials"], 1, 0)
+    for contexts in (0, 99):
+        with pytest.raises(InputError, match=f"contexts of a query must be at .*; got 99|at least 1, got {contexts}"):
+            items(["next"], contexts, 0)
 
 
 def test_figures_by_hand():

@@ -106,5 +106,5 @@ def test_pairs_that_are_too_long_are_left_out():
     examples = [*code_pairs(3, 5, True), Example("x " * 300, "def solve():\n    return 1")]
     found = held_out(code_tokenizer(), examples, 60, 120)
     assert len(found.texts) == len(found.codes) == 3 and all(code[-1] == SPECIALS.end for code in found.codes)
-    with pytest.raises(InputError, match="0 of 4 pairs have at most 3 and 120 tokens"):
+    with pytest.raises(InputError, match="0 of 4 pairs have fewer than 3 and 120 tokens"):
         held_out(code_tokenizer(), examples, 3, 120)

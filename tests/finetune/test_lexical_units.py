@@ -16,6 +16,7 @@ from finetune.objectives import cross_entropy
 from finetune.state import Batch
 from finetune.trainer import summed_loss
 from models.errors import InputError
+from models.scratch import ExpertsConfig, ScratchConfig, scratch_model
 from tests.support.decode_reference import PROMPTS
 
 CONFIG = LexicalUnitConfig(longest=3, placeholder=60, confidence=0.5)
@@ -118,3 +119,6 @@ def test_settings_out_of_range(tiny):
             LexicalUnitConfig(**settings)
     with pytest.raises(InputError, match="placeholder 61 is no token"):
         lexical_units(LexicalUnitConfig(placeholder=61), tiny[0])
+    for shape in (ScratchConfig(encoder_layers=1), ScratchConfig(experts=ExpertsConfig())):
+        with pytest.raises(InputError, match="lexical_unit trains decoder-only models with MLPs"):
+            lexical_units(LexicalUnitConfig(), scratch_model(shape, 61))
