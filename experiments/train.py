@@ -24,6 +24,7 @@ def describe(config: TrainConfig) -> str:
     from finetune.objective_configs import DistillationConfig, EmoConfig
     from finetune.optimizers import make_optimizer
     from models.decoder import Decoder
+    from models.dolphin import PARTS, Dolphin, DolphinConfig
     from models.encoder_decoder import decoder_only, network, writing_stack
     from models.growth import grow_config
     from models.joined import join_config, trained_apart
@@ -40,6 +41,9 @@ def describe(config: TrainConfig) -> str:
         if config.join is not None:
             parts = (decoder_only(part, "joining") for part in (network(read_config(config.join.encoder)), model))
             model = network(join_config(*(part.config for part in parts), config.join))
+    if config.dolphin is not None:
+        small = decoder_only(network(read_config(config.dolphin.compressor)), "compressing")
+        model = Dolphin(DolphinConfig(small.config, model.config, config.dolphin.memory))
     base, frozen = model_shapes(model, config.dtype or "float32"), {}
     if config.join is not None:
         base, trainable = trained_apart(base)
@@ -50,6 +54,10 @@ def describe(config: TrainConfig) -> str:
         adapter = make_adapter(config.adapter)
         frozen, trainable = adapter_shapes(adapter, base, config.adapter.targets)
         method = state.adapter_tuning(adapter)
+        if config.dolphin is not None:
+            whole = model_shapes(model)
+            method, whole = state.with_whole(method, PARTS), {name: whole[name] for name in PARTS}
+            trainable = {"adapter": trainable, "whole": whole}
     optimizer = make_optimizer(config.optimizer, config.steps, method)
     read = None
     if isinstance(config.objective, EmoConfig):

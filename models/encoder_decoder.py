@@ -186,7 +186,8 @@ def init_params(model: Network, key: jax.Array) -> dict[str, Any]:
     tokens = jnp.zeros((1, 1), jnp.int32)
     if isinstance(model, EncoderDecoder):
         return model.init(key, tokens, jnp.ones((1,), jnp.int32), method="every_part")["params"]
-    return model.init(key, tokens)["params"]
+    beside = (tokens, jnp.ones((1,), jnp.int32)) if isinstance(model, Dolphin) else ()
+    return model.init(key, tokens, *beside)["params"]
 
 
 def with_start(model: EncoderDecoder, token: int) -> EncoderDecoder:

@@ -11,6 +11,7 @@ import tokenizers
 from flax.traverse_util import flatten_dict
 
 from experiments.decode import DecodeConfig, Runner
+from experiments.train import describe
 from experiments.train_config import TrainConfig
 from experiments.train_dolphin import FILE, DolphinTraining
 from experiments.training import run_training
@@ -166,6 +167,7 @@ def test_a_run_of_two_stages_and_decoding_with_what_came_of_it(folders, tmp_path
     stage = dataclasses.replace(stage, evaluation=dataclasses.replace(stage.evaluation, examples=2, max_new_tokens=4))
     first = run_training(stage)
     assert {"eval/loss", "eval/exact_match"} <= set(first)
+    assert f"trained {first['size/trainable']:,.0f} " in describe(stage)
     start = dataclasses.replace(stage.dolphin, start=tmp_path / "one" / FILE)
     second = run_training(dataclasses.replace(stage, dolphin=start, run_dir=tmp_path / "two", steps=1))
     assert np.isfinite(second["eval/loss"])

@@ -7,6 +7,7 @@ import pytest
 
 from decoding import METHODS, WithDraft, make_decode_fn
 from decoding.sampling import Sampling
+from decoding.speculative.head_kinds import HEADS
 from decoding.speculative.medusa import MEDUSA_HEAD, MedusaConfig, MedusaOptions
 from decoding.speculative.target import Target
 from decoding.speculative.tree import Template
@@ -103,7 +104,7 @@ def test_at_temperature_zero_it_is_greedy_and_above_it_is_not(tiny, decoded):
 
 
 def test_labels_follow_the_options():
-    for name in ("medusa", "eagle", "hidden_transfer", "ppd"):
+    for name in HEADS:
         method = METHODS[name]
         assert method.label_of(method.options()) == method.label == "exact"
         assert method.label_of(method.options(acceptance="typical")) == "lossy"
