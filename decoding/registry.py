@@ -17,6 +17,7 @@ from decoding.speculative.dyspec import DYSPEC
 from decoding.speculative.eagle import EAGLE
 from decoding.speculative.hidden_transfer import HIDDEN_TRANSFER
 from decoding.speculative.medusa import MEDUSA
+from decoding.speculative.ppd import PPD
 from decoding.speculative.prompt_lookup import PROMPT_LOOKUP
 from decoding.speculative.rapid import RAPID
 from decoding.speculative.rsd import RSD_C, RSD_S
@@ -40,6 +41,7 @@ METHODS: dict[str, Method] = {
     "hidden_transfer": HIDDEN_TRANSFER,
     "lserve": LSERVE,
     "medusa": MEDUSA,
+    "ppd": PPD,
     "prompt_lookup": PROMPT_LOOKUP,
     "rapid": RAPID,
     "rsd_c": RSD_C,

@@ -11,6 +11,7 @@ folder: run the same command again and it goes on where it stopped.
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,9 +116,12 @@ class HeadRun:
 
     def batch(self, step: int) -> Any:
         """Returns the batch of an update."""
-        from finetune.draft_heads import filled
+        from finetune.draft_heads import at_random_places, filled
 
-        return filled(self.batches(step), self.rows, self.hidden)
+        batch = filled(self.batches(step), self.rows, self.hidden)
+        if self.config.loss.places is None:
+            return batch
+        return at_random_places(batch, self.config.head.offsets, self.config.loss.places, (self.config.seed, step))
 
     def measure(self, values: Any) -> tuple[Any, dict[str, float]]:
         """Returns accuracy and figures on held-out text (`finetune.head_figures`)."""
@@ -127,7 +131,8 @@ class HeadRun:
             return all_ranks(self._ranks, self.params, values, self.rows, self.hidden, chosen, self.config.length)
 
         calibration, test = (self.split[name][: self.config.held_out] for name in ("calibration", "test"))
-        return figures_of(ranks(calibration), ranks(test), self.rows, test)
+        trees = functools.partial(self.kind.trees, self.config.head)
+        return figures_of(ranks(calibration), ranks(test), self.rows, test, trees)
 
 
 # What decides where a run comes out; the rest of a config may change when it goes on.

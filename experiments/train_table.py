@@ -23,6 +23,7 @@ from finetune.objective_configs import CrossEntropyConfig, ObjectiveConfig
 from finetune.trainer import NotFinite
 from models.errors import InputError
 from models.growth import GrowthConfig
+from models.router_losses import LOSSES
 
 Figures = dict[str, float]
 BASE = "base"  # the row of the model before it is trained further
@@ -249,7 +250,7 @@ def run_cell(folder: Path, row: TrainRow, rate: float, seed: int, shared: TrainC
     path, key = run.run_dir / "figures.json", cell_key(dump_config(run))
     kept = read_kept(path, key)
     if kept is not None:
-        return _with_held_out(kept["figures"]), True
+        return with_held_out(kept["figures"]), True
     if run.run_dir.is_dir() and (path.is_file() or _other_settings(run)):
         shutil.rmtree(run.run_dir)
     try:
@@ -260,12 +261,14 @@ def run_cell(folder: Path, row: TrainRow, rate: float, seed: int, shared: TrainC
     figures["learning_rate"] = rate
     keep(path, key, figures=figures)
     shutil.rmtree(run.run_dir / "checkpoints", ignore_errors=True)
-    return _with_held_out(figures), False
+    return with_held_out(figures), False
 
 
-def _with_held_out(figures: Figures) -> Figures:
-    """Returns the figures with the held-out cross-entropy, which is the loss itself where no other is minimised."""
-    return {HELD_OUT: figures["eval/loss"], **figures} if HELD_OUT not in figures else figures
+def with_held_out(figures: Figures) -> Figures:
+    """Returns the figures with the held-out cross-entropy: the loss, but for routers', where no other is minimised."""
+    if HELD_OUT in figures:
+        return figures
+    return {HELD_OUT: figures["eval/loss"] - sum(figures.get(f"eval/{name}", 0.0) for name in LOSSES), **figures}
 
 
 def _other_settings(run: TrainConfig) -> bool:

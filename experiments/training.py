@@ -79,12 +79,13 @@ class Run(NamedTuple):
 
 
 def scratch_tokenizer(name: str) -> Tokenizer:
-    """Returns the tokenizer of a new model: `bytes`, `stories`, or the one of a model (a name or a path)."""
+    """Returns the tokenizer of a new model: `bytes`, `stories`, `othello`, or the one of a model (a name or a path)."""
+    from finetune.othello import othello_tokenizer
     from finetune.stories import story_tokenizer
     from models.weights.byte_tokenizer import byte_tokenizer
     from models.weights.load import load_model
 
-    own = {"bytes": byte_tokenizer, "stories": story_tokenizer}
+    own = {"bytes": byte_tokenizer, "stories": story_tokenizer, "othello": othello_tokenizer}
     return own[name]() if name in own else load_model(name).tokenizer
 
 

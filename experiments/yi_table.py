@@ -142,7 +142,7 @@ def _start(run: TrainConfig) -> Figures:
     run = dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, examples=0))
     ready = prepare(run, None)
     figures = Evaluator(run.evaluation, ready)(ready.state.trainable)
-    return {train_table.HELD_OUT: figures["eval/loss"], **figures}
+    return train_table.with_held_out(figures)
 
 
 def _cosines(config: TrainTableConfig) -> list[float]:

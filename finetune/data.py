@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from finetune.corpus import TASKS, Example, generate
+from finetune.othello import games
 from finetune.recall import recall_examples
 from finetune.rows import Row, Rows, as_chat, encode, fit
 from finetune.sources import FileData, HubData, Item, Placed, read_source
@@ -93,7 +94,27 @@ class RecallData:
             raise InputError("size and facts must be at least 1, test_size 0, and words twice the facts")
 
 
-DataConfig = GeneratedData | StoriesData | RecallData | FileData | HubData
+@dataclasses.dataclass(frozen=True)
+class OthelloData:
+    """Random games of Othello (`finetune.othello`); for models with the tokenizer `othello`.
+
+    Attributes:
+        size: games to train on, of about 61 tokens each.
+        test_size: games to test on.
+        seed: of the games.
+    """
+
+    type: Literal["othello"] = "othello"
+    size: int = 20_000
+    test_size: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.test_size < 0:
+            raise InputError(f"size must be at least 1 and test_size at least 0, got {self.size} and {self.test_size}")
+
+
+DataConfig = GeneratedData | StoriesData | RecallData | OthelloData | FileData | HubData
 
 
 class Question(NamedTuple):
@@ -166,6 +187,8 @@ def _read(config: DataConfig) -> tuple[str, Placed, Placed | None, bool]:
         if isinstance(config, RecallData):
             made = recall_examples(size, config.words, config.facts, config.seed, test)
             return [("a text to recall", example) for example in made]
+        if isinstance(config, OthelloData):
+            return [("a game", text) for text in games(size, config.seed, test)]
         return [(example.task, example) for example in generate(config.tasks, size, config.seed, test)]
 
     chat = isinstance(config, GeneratedData) and config.chat

@@ -42,6 +42,7 @@ class HeadLoss:
         soft: weight of the cross-entropy with the target's law.
         feature: weight of the distance to the target's features.
         vocabulary: whether softmaxes run over the tokens of the texts, or over all.
+        places: tokens of a row that an update guesses from, drawn at random; None: all.
     """
 
     decay: float = 0.8
@@ -49,6 +50,7 @@ class HeadLoss:
     soft: float = 0.0
     feature: float = 0.0
     vocabulary: Literal["seen", "all"] = "seen"
+    places: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.decay <= 1:
@@ -58,6 +60,8 @@ class HeadLoss:
                 f"hard, soft and feature must not be negative, and not all 0; got {self.hard}, {self.soft}, "
                 f"{self.feature}"
             )
+        if self.places is not None and self.places < 1:
+            raise InputError(f"places must be at least 1 (or null for all tokens), got {self.places}")
 
 
 @struct.dataclass
@@ -125,6 +129,17 @@ def filled(batch: Batch, rows: Rows, hidden: dict[int, np.ndarray]) -> HeadBatch
     return HeadBatch(Reading(rows.tokens[index], positions, segments, streams), targets)
 
 
+def at_random_places(batch: HeadBatch, offsets: int, count: int, seed: tuple[int, ...]) -> HeadBatch:
+    """Returns the batch with `count` places of each row to guess from, drawn among those that all offsets can be
+    guessed from; all of these where there are no more.
+    """
+    wanted = np.asarray(offsets_ahead(batch, offsets)[1]).all(axis=-1)
+    keys = np.where(wanted, np.random.default_rng(seed).random(wanted.shape), 2.0)
+    places = np.argsort(keys, axis=1)[:, :count].astype(np.int32)
+    places = np.where(np.take_along_axis(wanted, places, axis=1), places, -1)
+    return batch.replace(reading=batch.reading._replace(places=places))
+
+
 def ahead(x: jax.Array, steps: int) -> jax.Array:
     """Returns [B, T, ...] with entry t that of t + steps; what comes from behind the end is zero."""
     padding = [(0, 0), (0, steps)] + [(0, 0)] * (x.ndim - 2)
@@ -135,12 +150,16 @@ def offsets_ahead(batch: HeadBatch, count: int) -> tuple[jax.Array, jax.Array]:
     """Returns (i32[B, T, K] the tokens to guess, bool[B, T, K] whether they are to be guessed from there).
 
     Behind token t, token t + 1 is known and t + 2 + k guessed, both written by the model and both of the same text.
+    Where the reading names places, [B, M, K] of these.
     """
     tokens, segments = batch.reading.tokens, batch.reading.segments
     known = ahead(batch.targets, 1) & (ahead(segments, 1) == segments) & (segments > 0)
     labels = [ahead(tokens, 2 + k) for k in range(count)]
     wanted = [known & ahead(batch.targets, 2 + k) & (ahead(segments, 2 + k) == segments) for k in range(count)]
-    return jnp.stack(labels, axis=-1), jnp.stack(wanted, axis=-1)
+    found = [batch.reading.at_places(jnp.stack(x, axis=-1)) for x in (labels, wanted)]
+    if batch.reading.places is not None:
+        found[1] &= batch.reading.places[..., None] >= 0
+    return tuple(found)
 
 
 def _guessed(trainer: HeadTrainer, params: Any, values: Any, batch: HeadBatch) -> tuple[HeadBatch, jax.Array]:
@@ -149,6 +168,7 @@ def _guessed(trainer: HeadTrainer, params: Any, values: Any, batch: HeadBatch) -
     streams = jax.tree.map(lambda x: x.astype(dtype), batch.reading.hidden)
     batch = batch.replace(reading=batch.reading._replace(hidden=streams))
     found = trainer.kind.guesses(trainer.config, trainer.model, params, values, batch.reading)
+    found = found if trainer.kind.some else batch.reading.at_places(found)
     return batch, found.astype(jnp.float32)
 
 
@@ -160,7 +180,8 @@ def head_loss(trainer: HeadTrainer, constants: HeadConstants, values: Any, batch
     truth = None
     if settings.soft or settings.feature:
         f = normed(trainer.model, constants.params, batch.reading.hidden[trainer.model.config.num_layers])
-        truth = jax.lax.stop_gradient(jnp.stack([ahead(f, 1 + k) for k in range(count)], axis=2))
+        truth = jnp.stack([batch.reading.at_places(ahead(f, 1 + k)) for k in range(count)], axis=2)
+        truth = jax.lax.stop_gradient(truth)
     weights = settings.decay ** np.arange(count, dtype=np.float32)
 
     def of(_, y, rest):

@@ -7,13 +7,13 @@ decoding with the tree does; sampled texts are harder to guess. Nothing is run f
 Axis letters: N tokens of all texts, K offsets, R ranks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from decoding.speculative.head_trees import RANKS, Accuracy, accepted_depth, calibrated_tree
-from decoding.speculative.tree import Template, chain
+from decoding.speculative.head_trees import RANKS, Accuracy, StateTrees, accepted_row, one_state
+from decoding.speculative.tree import chain
 from finetune.draft_heads import HeadBatch, filled, index_rows
 from finetune.packing import Batches
 from finetune.rows import Rows
@@ -64,30 +64,36 @@ def accuracy_of(ranks: np.ndarray) -> Accuracy:
     return tuple(rows)
 
 
-def accept_length(template: Template, ranks: np.ndarray, rows: Rows, chosen: Sequence[int]) -> float:
-    """Returns the new tokens per step of a tree over the chosen rows; the plain first step of a text is left out.
+def accept_length(trees: StateTrees, ranks: np.ndarray, rows: Rows, chosen: Sequence[int]) -> float:
+    """Returns the new tokens per step of trees over the chosen rows; the plain first step of a text is left out.
 
     Args:
-        template: the tree; no deeper than the ranks know.
+        trees: no deeper than the ranks know.
         ranks: i32[N, K], as `all_ranks` has it.
         rows: all texts.
         chosen: numbers of rows.
     """
-    depth = accepted_depth(template, ranks)
+    taken_rows = [accepted_row(template, ranks) for template in trees.templates]
     steps = tokens = 0
     for row in chosen:
         start, stop = rows.starts[row], rows.starts[row + 1]
         place = start + int(np.argmax(rows.targets[start:stop]))  # the first token that was written
+        state = len(trees.templates) - 1
         while place + 1 < stop:
-            taken = min(int(depth[place - 1]) + 1, stop - 1 - place)
-            steps, tokens, place = steps + 1, tokens + taken, place + taken
+            last = taken_rows[state][place - 1]
+            taken = min(int(trees.templates[state].depth[last]) + 1, stop - 1 - place)
+            steps, tokens, place, state = steps + 1, tokens + taken, place + taken, trees.after[state][last]
     if not steps:
         raise InputError("no text to measure on has two tokens: generate longer ones")
     return tokens / steps
 
 
 def figures_of(
-    calibration: np.ndarray, test: np.ndarray, rows: Rows, chosen: Sequence[int]
+    calibration: np.ndarray,
+    test: np.ndarray,
+    rows: Rows,
+    chosen: Sequence[int],
+    trees: Callable[[Accuracy, int], StateTrees],
 ) -> tuple[Accuracy, dict[str, float]]:
     """Returns the accuracy that trees are made from, and figures.
 
@@ -96,6 +102,7 @@ def figures_of(
         test: ranks on others, which the figures are of.
         rows: all texts.
         chosen: the rows among them to be measured on.
+        trees: (accuracy, nodes) -> what the head drafts with.
 
     Returns:
         (accuracy, {top1_k, top10_k: shares at offset k from 1 on; mat_chain, mat_NODES: new tokens per step}).
@@ -103,7 +110,7 @@ def figures_of(
     accuracy, held_out = accuracy_of(calibration), accuracy_of(test)
     figures = {f"top1_{k + 1}": own[0] for k, own in enumerate(held_out)}
     figures |= {f"top{RANKS}_{k + 1}": sum(own) for k, own in enumerate(held_out)}
-    figures["mat_chain"] = accept_length(chain(len(accuracy)), test, rows, chosen)
+    figures["mat_chain"] = accept_length(one_state(chain(len(accuracy))), test, rows, chosen)
     for nodes in NODES:
-        figures[f"mat_{nodes}"] = accept_length(calibrated_tree(accuracy, nodes)[0], test, rows, chosen)
+        figures[f"mat_{nodes}"] = accept_length(trees(accuracy, nodes), test, rows, chosen)
     return accuracy, figures

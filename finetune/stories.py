@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import tokenizers
 
 from models.errors import InputError
@@ -106,6 +107,26 @@ def vocabulary() -> tuple[str, ...]:
     groups = [_SHE, _HE, ("she", "he", "the", "a", "and", "."), _PLACES, _OPENERS, _LINKS]
     groups += [words for table in (_OBJECTS, _VERBS, _ADJECTIVES) for words in table.values()]
     return tuple(itertools.chain.from_iterable(groups))
+
+
+@functools.cache
+def properties() -> tuple[str, ...]:
+    """Returns what can be said of a place in a story, behind a word: the word, and the parts of the law's state."""
+    places = ("start", "subject", "verb", "object", "noun", "bare", "tail", "where", "place", "stop")
+    states = [f"{part} {value}" for part, values in
+              (("place", places), ("who", ("she", "he")), ("verb", _KINDS)) for value in values]  # fmt: skip
+    return (*(f"word {word}" for word in vocabulary()), *states)
+
+
+def story_properties(words: Sequence[str], domain: int) -> np.ndarray:
+    """Returns bool[T, P]: which `properties` hold behind each word of a story that the domain's law could write."""
+    numbers = {name: number for number, name in enumerate(properties())}
+    held, state = np.zeros((len(words), len(numbers)), bool), State()
+    for row, word in zip(held, words, strict=True):
+        state = law(state, domain)[word][1]
+        said = {"word": word, **state._asdict()}
+        row[[numbers[f"{part} {value}"] for part, value in said.items() if value]] = True
+    return held
 
 
 def names_and_things() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:

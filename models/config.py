@@ -123,7 +123,8 @@ class MoEConfig:
         expert: the shape of each.
         normalise: whether the weights of a token's K experts add up to one.
         shared: an expert that every token goes to, times a sigmoid gate; None: there is none.
-        router: `learned`, a linear layer; or `sparsity`, by how few neurons of an expert are expected to fire (MoE-X).
+        router: `learned`, a linear layer; or `sparsity`, by how few neurons of an expert are expected to fire (MoE-X:
+            to have an input above zero, whatever the activation).
         form: how it is computed (`models.moe`); None: what is fastest on this kind of device.
         capacity_factor: in the form `capacity`, rows of an expert's buffer over N K / E; E / K has room for all.
         balance_weight: of the balance loss in training.
@@ -146,10 +147,10 @@ class MoEConfig:
             raise InputError(f"top_k must be 1 to num_experts, {self.num_experts}; got {self.top_k}")
         if self.expert.bias:
             raise InputError("experts have no biases here: leave out expert.bias")
-        if self.router == "sparsity" and (self.expert.gated or self.expert.activation != "relu"):
+        if self.router == "sparsity" and self.expert.gated:
             raise InputError(
-                "the sparsity router counts neurons that a relu lets through: experts must be relu and not gated, got "
-                f"activation {self.expert.activation!r}, gated {self.expert.gated}"
+                "the sparsity router counts neurons whose input is above zero, and a gated one has two: set gated to "
+                "false, or router to learned"
             )
 
 

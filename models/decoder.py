@@ -103,17 +103,25 @@ class Decoder(nn.Module):
         ctx: Any = None,
         collect: tuple[int, ...] = (),
         encoded: Encoded | None = None,
+        instead: jax.Array | None = None,
     ) -> Output:
-        """Runs the whole model on tokens i32[B, T]; see `layers` for the arguments and `Output` for what comes back."""
+        """Runs the whole model on tokens i32[B, T].
+
+        See `embed` and `layers` for the arguments, and `Output` for what comes back.
+        """
         positions = next_positions(tokens, cache) if positions is None else positions
-        x = self.embed(tokens, positions)
+        x = self.embed(tokens, positions, instead)
         x, hidden, cache, aux = self.layers(x, positions, cache, attend, ctx, collect=collect, encoded=encoded)
         return Output(self.unembed(x), hidden, cache, aux)
 
-    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """Maps tokens i32[B, T] at positions i32[B, T] to the residual stream [B, T, D]."""
+    def embed(self, tokens: jax.Array, positions: jax.Array, instead: jax.Array | None = None) -> jax.Array:
+        """Maps tokens i32[B, T] at positions i32[B, T] to the residual stream [B, T, D].
+
+        Where a token is negative, `instead` [B, T, D] stands in place of its embedding (scaled, without its position).
+        """
         x = self.embedding(tokens)
         x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        x = x if instead is None else jnp.where(tokens[..., None] < 0, instead.astype(x.dtype), x)
         return x + self.positions(positions) if self.config.learned_positions else x
 
     def layers(

@@ -1,7 +1,7 @@
 """Growing a trained decoder: more layers by doubling some (Yi, 2403.04652, section 7.3), a longer context by a larger
-base of the rotary positions (section 7.1).
+base of the rotary positions (section 7.1), experts in place of its MLPs (MoE-X, 2503.07639: upcycling).
 
-Both are functions from a config and its parameters to new ones, to be trained on. Doubled layers are layers of their
+All are functions from a config and its parameters to new ones, to be trained on. Doubled layers are layers of their
 own, with a copy of the weights. With `identity` the copies begin as nothing: their output projections are zero, so the
 grown model computes what the old one did. That is not in the paper, whose copies begin as they are; of those that hurt
 least the paper says where they are: where what enters a layer and what leaves it have a cosine near 1.
@@ -15,9 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models.config import DecoderConfig
+from models.config import DecoderConfig, MoEConfig
 from models.decoder import Decoder
 from models.errors import InputError
+from models.layers import kernel_init
+from models.moe import upcycled
+from models.scratch import ExpertsConfig
 
 _OUTPUTS = (("attention", "o"), ("mlp", "down"))
 
@@ -32,12 +35,14 @@ class GrowthConfig:
         identity: whether the copies begin as nothing.
         rope_theta: the new base of the rotary positions, of every layer that has them; Yi: 5e6, and 1e7 for 200K.
         max_length: tokens; the new longest context.
+        experts: in place of each MLP, made of its neurons (`models.moe.upcycled`).
     """
 
     double: tuple[int, ...] | None = None
     identity: bool = False
     rope_theta: float | None = None
     max_length: int | None = None
+    experts: ExpertsConfig | None = None
 
     def __post_init__(self) -> None:
         if self.double is not None and (len(self.double) != 2 or not 0 <= self.double[0] <= self.double[1]):
@@ -63,6 +68,8 @@ def grow_config(config: DecoderConfig, growth: GrowthConfig) -> DecoderConfig:
         if all(block.attention.rope is None for block in blocks):
             raise InputError(f"a {config.family} model has no rotary positions, so rope_theta does not apply to it")
         blocks = [_with_theta(block, growth.rope_theta) for block in blocks]
+    if growth.experts is not None:
+        blocks = [_with_experts(block, growth.experts) for block in blocks]
     max_length = config.max_length if growth.max_length is None else growth.max_length
     if max_length < config.max_length:
         raise InputError(f"max_length {max_length} is less than the model's context of {config.max_length} tokens")
@@ -77,6 +84,12 @@ def _with_theta(block: Any, theta: float) -> Any:
         return block
     rope = dataclasses.replace(rope, theta=float(theta))
     return dataclasses.replace(block, attention=dataclasses.replace(block.attention, rope=rope))
+
+
+def _with_experts(block: Any, experts: ExpertsConfig) -> Any:
+    if isinstance(block.mlp, MoEConfig) or block.mlp.bias:
+        raise InputError("experts are made of MLPs without biases: this model has others")
+    return dataclasses.replace(block, mlp=experts.instead_of(block.mlp))
 
 
 def doubled_order(num_layers: int, growth: GrowthConfig) -> list[int]:
@@ -100,6 +113,22 @@ def grow_params(params: dict[str, Any], num_layers: int, growth: GrowthConfig) -
     return grown
 
 
+def upcycle(params: dict[str, Any], config: DecoderConfig) -> dict[str, Any]:
+    """Returns parameters with experts in place of the MLPs; those of a learned router are drawn anew.
+
+    Args:
+        params: of a decoder with MLPs.
+        config: of the same decoder with mixtures.
+    """
+    made = dict(params)
+    for index, block in enumerate(config.blocks):
+        layer, (key, router_key) = params[f"layers_{index}"], jax.random.split(jax.random.key(index))
+        learned = block.mlp.router == "learned"
+        router = kernel_init(router_key, (config.width, block.mlp.num_experts)) if learned else None
+        made[f"layers_{index}"] = {**layer, "mlp": upcycled(layer["mlp"], block.mlp, router, key)}
+    return made
+
+
 def _without_outputs(block: dict[str, Any]) -> dict[str, Any]:
     """Returns a block that adds nothing to the residual stream: kernels and biases of its two outputs are zero."""
     zeros = {part: {**block[part], name: jax.tree.map(jnp.zeros_like, block[part][name])} for part, name in _OUTPUTS}
@@ -109,7 +138,8 @@ def _without_outputs(block: dict[str, Any]) -> dict[str, Any]:
 def grow(model: Decoder, params: dict[str, Any], growth: GrowthConfig) -> tuple[Decoder, dict[str, Any]]:
     """Returns the grown model and its parameters; see `GrowthConfig`. Where nothing is to change, both are the old."""
     config = grow_config(model.config, growth)
-    return Decoder(config, remat=model.remat), grow_params(params, model.config.num_layers, growth)
+    params = grow_params(params, model.config.num_layers, growth)
+    return Decoder(config, remat=model.remat), params if growth.experts is None else upcycle(params, config)
 
 
 def layer_cosines(model: Decoder, params: dict[str, Any], tokens: jax.Array) -> jax.Array:

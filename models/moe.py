@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from models.config import MLPConfig, MoEConfig
+from models.errors import InputError
 from models.kernels import PRECISION, as_kernel
 from models.layers import ACTIVATIONS, MLP, Linear, kernel_init
 
@@ -198,19 +199,45 @@ def ragged(x: jax.Array, experts: Experts, routes: Routes, config: MoEConfig) ->
     return jnp.zeros_like(x).at[token].add(out)
 
 
-def upcycled(dense: dict[str, Any], config: MoEConfig, router: jax.Array | None = None) -> dict[str, Any]:
-    """Returns the parameters of a `MoE` that starts as a trained MLP: every expert is a copy of it.
+def upcycled(
+    dense: dict[str, Any], config: MoEConfig, router: jax.Array | None = None, key: jax.Array | None = None
+) -> dict[str, Any]:
+    """Returns the parameters of a `MoE` that starts as a trained MLP, with as many neurons in an expert as fit.
+
+    Experts as wide as the MLP are copies of it: the outputs are the MLP's own as long as the weights of a token's
+    experts add up to one. Experts of a part of its width share its neurons out: E P / F times over, each time in a new
+    random order, F / P experts of P neurons take all of them, and their outputs count F / P times. With equal weights
+    the mixture of all experts, or of those of one sharing, is the MLP. (MoE-X reports that it starts from a trained
+    dense model, not how neurons come to narrower experts.)
 
     Args:
-        dense: the parameters of a `models.layers.MLP` of the experts' shape, without biases.
-        config: the mixture; the outputs are the MLP's own as long as the weights of a token's experts add up to one.
+        dense: the parameters of a `models.layers.MLP` without biases, of the experts' activation.
+        config: the mixture; F / P must be a whole number that divides E.
         router: [D, E], the kernel of a learned router.
+        key: of the orders; None: key 0.
+
+    Raises:
+        InputError: widths that cannot be shared out.
     """
-    copies = {
-        f"experts_{name}": jnp.repeat(as_kernel(layer["kernel"]).materialize()[None], config.num_experts, axis=0)
-        for name, layer in dense.items()
+    kernels = {name: as_kernel(layer["kernel"]).materialize() for name, layer in dense.items()}
+    width, part, num = kernels["up"].shape[-1], config.expert.width, config.num_experts
+    if width % part or num % (width // part):
+        raise InputError(
+            f"an MLP of width {width} cannot become {num} experts of width {part}: the experts that hold all of its "
+            "neurons once must be a whole number, which divides the experts"
+        )
+    parts = width // part
+    order = jnp.tile(jnp.arange(width), (num // parts, 1))
+    if parts > 1:
+        order = jax.random.permutation(jax.random.key(0) if key is None else key, order, axis=1, independent=True)
+    order = order.reshape(num, part)
+    shared = {
+        f"experts_{name}": jnp.moveaxis(jnp.take(kernel, order, axis=1), 0, 1)
+        for name, kernel in kernels.items()
+        if name != "down"
     }
-    return copies if router is None else copies | {"router": {"kernel": router}}
+    shared["experts_down"] = parts * jnp.take(kernels["down"], order, axis=0)
+    return shared if router is None else shared | {"router": {"kernel": router}}
 
 
 def _activated(product: Callable[[jax.Array], jax.Array], experts: Experts, config: MLPConfig) -> jax.Array:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 
 from models.config import DecoderConfig, MoEConfig
 
+LOSSES = ("balance_loss", "router_z_loss")  # the names that they are logged by
+
 
 def router_losses(config: DecoderConfig, routing: Mapping[str, Any], real: jax.Array) -> dict[str, jax.Array]:
     """Returns the losses of a model's routers, each times its weight in the config; none for a model without.

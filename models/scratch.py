@@ -1,25 +1,84 @@
 """New models: a small llama-type network with random weights, for training from scratch."""
 
 import dataclasses
+from typing import Literal
 
-from models.config import AttentionConfig, BlockConfig, DecoderConfig, MLPConfig, NormConfig, RopeConfig
+from models.config import (
+    Activation,
+    AttentionConfig,
+    BlockConfig,
+    DecoderConfig,
+    MLPConfig,
+    MoEConfig,
+    NormConfig,
+    RopeConfig,
+)
 from models.decoder import Decoder
 from models.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """Experts in place of an MLP of width F, with as many parameters at work on a token as it has.
+
+    Attributes:
+        num: experts E.
+        active: K, how many a token goes to; each is F / K wide.
+        router: `learned` or `sparsity` (`models.config.MoEConfig`).
+        form: how they are computed (`models.moe`); in training on a CPU, where a batch goes to all of them, `dense` is
+            the fastest.
+        balance_weight: of the balance loss in training.
+        z_weight: of the router's z-loss in training.
+    """
+
+    num: int = 8
+    active: int = 2
+    router: Literal["learned", "sparsity"] = "learned"
+    form: Literal["dense", "capacity", "ragged", "loop"] | None = None
+    balance_weight: float = 0.01
+    z_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.active <= self.num:
+            raise InputError(f"active must be 1 to num, {self.num} experts; got {self.active}")
+        if not (self.balance_weight >= 0 and self.z_weight >= 0):
+            raise InputError(
+                f"balance_weight and z_weight must not be negative, got {self.balance_weight} and {self.z_weight}"
+            )
+
+    def instead_of(self, mlp: MLPConfig) -> MoEConfig:
+        """Returns the mixture that stands for an MLP; raises InputError where its width cannot be shared out."""
+        if mlp.width % self.active:
+            raise InputError(
+                f"an MLP of width {mlp.width} cannot be shared by {self.active} active experts: not divisible"
+            )
+        return MoEConfig(
+            self.num,
+            self.active,
+            dataclasses.replace(mlp, width=mlp.width // self.active),
+            router=self.router,
+            form=self.form,
+            balance_weight=self.balance_weight,
+            z_weight=self.z_weight,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class ScratchConfig:
-    """A network's shape: RMSNorm, rotary positions, gated MLPs, embeddings tied to the output.
+    """A network's shape: RMSNorm, rotary positions, MLPs or mixtures of experts, embeddings tied to the output.
 
     Attributes:
         layers: L.
         width: D.
         heads: query heads H, each D / H wide.
         kv_heads: key/value heads K.
-        mlp_width: F.
+        mlp_width: F, of the MLP or of a token's experts together.
+        activation: of the MLP or the experts.
+        gated: whether these are gated.
+        experts: in place of each MLP; None: there are none.
         max_length: tokens; the longest context.
-        tokenizer: "bytes", "stories" (a word each, of the stories that code writes), or a model (a name or a path)
-            whose tokenizer is used.
+        tokenizer: "bytes", "stories" (a word each, of the stories that code writes), "othello" (its moves), or a model
+            (a name or a path) whose tokenizer is used.
     """
 
     layers: int = 6
@@ -27,6 +86,9 @@ class ScratchConfig:
     heads: int = 4
     kv_heads: int = 2
     mlp_width: int = 768
+    activation: Activation = "silu"
+    gated: bool = True
+    experts: ExpertsConfig | None = None
     max_length: int = 512
     tokenizer: str = "bytes"
 
@@ -35,13 +97,20 @@ class ScratchConfig:
             raise InputError("layers, width, heads, kv_heads, mlp_width and max_length must be at least 1")
         if self.width % (2 * self.heads):
             raise InputError(f"width {self.width} must be a multiple of twice the heads, {self.heads}")
+        feed_forward(self)
+
+
+def feed_forward(config: ScratchConfig) -> MLPConfig | MoEConfig:
+    """Returns what stands behind each attention; raises InputError for experts that cannot be."""
+    mlp = MLPConfig(config.mlp_width, config.activation, config.gated)
+    return mlp if config.experts is None else config.experts.instead_of(mlp)
 
 
 def scratch_model(config: ScratchConfig, vocab_size: int) -> Decoder:
     """Returns the network for a vocabulary."""
     attention = AttentionConfig(config.heads, config.kv_heads, config.width // config.heads, rope=RopeConfig())
     norm = NormConfig("rms", 1e-5)
-    block = BlockConfig(attention, MLPConfig(config.mlp_width), norm)
+    block = BlockConfig(attention, feed_forward(config), norm)
     return Decoder(
         DecoderConfig(
             "llama", vocab_size, config.width, (block,) * config.layers, config.max_length, norm, tied_embeddings=True

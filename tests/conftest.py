@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=1 "
+    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
     "--xla_cpu_parallel_codegen_split_count=1"  # a worker of pytest for each core already
     # Later versions end the process at a flag that they no longer know.
     + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),

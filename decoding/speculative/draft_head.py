@@ -21,7 +21,14 @@ from decoding.method import Call, Steps, WithDraft
 from decoding.prefill import Prompts
 from decoding.sampling import top_tokens
 from decoding.speculative.drafter import Drafter, Round, Seen
-from decoding.speculative.head_trees import Accuracy, calibrated_tree, check_accuracy, usual_accuracy
+from decoding.speculative.head_trees import (
+    Accuracy,
+    StateTrees,
+    calibrated_tree,
+    check_accuracy,
+    one_tree,
+    usual_accuracy,
+)
 from decoding.speculative.loop import make_speculative
 from decoding.speculative.sizing import LatencyCurve, check_latency
 from decoding.speculative.tree import Template, TokenTree
@@ -39,12 +46,22 @@ class Reading(NamedTuple):
         positions: a token's place in its text.
         segments: which text of the row a token belongs to, from 1 on; 0 is padding.
         hidden: {i: [B, T, D]}, the target's residual streams by the index of the layer they enter.
+        places: i32[B, M], the tokens that guesses are wanted from, -1 for none; None: all T.
     """
 
     tokens: jax.Array
     positions: jax.Array
     segments: jax.Array
     hidden: dict[int, jax.Array]
+    places: jax.Array | None = None
+
+    def at_places(self, x: jax.Array) -> jax.Array:
+        """Returns what stands at the places, [B, M, ...], of [B, T, ...]."""
+        if self.places is None:
+            return x
+        return jnp.take_along_axis(
+            x, jnp.maximum(self.places, 0).reshape(*self.places.shape, *(1,) * (x.ndim - 2)), axis=1
+        )
 
 
 class HeadKind(NamedTuple):
@@ -56,12 +73,16 @@ class HeadKind(NamedTuple):
         init: (config, model, params, key) -> its values at the start.
         guesses: (config, model, params, values, reading) -> [B, T, K, D]; entry [b, t, k] is what the target's
             unembedding (`Decoder.scores`) turns into guesses of token t + 2 + k, token t + 1 being known.
+        some: whether it makes those of the reading's places alone, [B, M, K, D].
+        trees: (config, accuracy, nodes) -> the trees that it drafts with.
     """
 
     config: type
     streams: Callable[[Any, Decoder], tuple[int, ...]]
     init: Callable[[Any, Decoder, Any, jax.Array], Any]
     guesses: Callable[[Any, Decoder, Any, Any, Reading], jax.Array]
+    some: bool = False
+    trees: Callable[[Any, Accuracy, int], StateTrees] = one_tree
 
 
 @dataclasses.dataclass(frozen=True)

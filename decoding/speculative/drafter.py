@@ -83,6 +83,7 @@ class Drafter(NamedTuple):
             target's pass over the first X rows, accepted or not; by default nothing.
         collect: the residual streams that `digest` sees, by the index of the layer they enter (`Output.hidden`).
         observer: what it wants to see of the prompts while the target reads them; `init` finds that in `Prompts.seen`.
+        embed: (params, tree) -> [B, W, D], what its rows without a token carry (`TokenTree`); None: all have one.
     """
 
     width: int
@@ -97,3 +98,4 @@ class Drafter(NamedTuple):
     digest: Callable[[jax.Array, dict[int, jax.Array]], Any] = lambda logits, hidden: None
     collect: tuple[int, ...] = ()
     observer: Observer | None = None
+    embed: Callable[[Any, TokenTree], jax.Array] | None = None

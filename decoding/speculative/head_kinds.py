@@ -7,14 +7,16 @@ from decoding.speculative.draft_head import HeadKind
 from decoding.speculative.eagle import EAGLE_HEAD, EagleConfig
 from decoding.speculative.hidden_transfer import HIDDEN_TRANSFER_HEAD, HiddenTransferConfig
 from decoding.speculative.medusa import MEDUSA_HEAD, MedusaConfig
+from decoding.speculative.ppd import PPD_HEAD, PPDConfig
 
 HEADS: dict[str, HeadKind] = {
     "clover": CLOVER_HEAD,
     "eagle": EAGLE_HEAD,
     "hidden_transfer": HIDDEN_TRANSFER_HEAD,
     "medusa": MEDUSA_HEAD,
+    "ppd": PPD_HEAD,
 }
-HeadConfig = MedusaConfig | CloverConfig | EagleConfig | HiddenTransferConfig
+HeadConfig = MedusaConfig | CloverConfig | EagleConfig | HiddenTransferConfig | PPDConfig
 
 
 def kind_of(config: Any) -> HeadKind:

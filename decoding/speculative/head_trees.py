@@ -8,6 +8,7 @@ those before: what is right early is often right later, so that trees accept mor
 
 import heapq
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -82,15 +83,37 @@ def calibrated_tree(
     return Template(tuple(paths)), float(gains[rows - 1])
 
 
-def accepted_depth(template: Template, ranks: np.ndarray) -> np.ndarray:
-    """Returns i64[N]: how many guesses of a tree are right at each of N places.
+class StateTrees(NamedTuple):
+    """The trees of a head by state: which row is accepted decides which tree the next step has.
+
+    Attributes:
+        templates: the tree of each state; a text starts in the last one.
+        after: i[W] for each, the state behind each row.
+    """
+
+    templates: tuple[Template, ...]
+    after: tuple[np.ndarray, ...]
+
+
+def one_state(template: Template) -> StateTrees:
+    """Returns the trees of a head that has one tree at every step."""
+    return StateTrees((template,), (np.zeros(template.width, np.int64),))
+
+
+def one_tree(config: Any, accuracy: Accuracy, nodes: int) -> StateTrees:
+    """Returns the tree of the likeliest guesses as that of every step: what most heads draft with."""
+    return one_state(calibrated_tree(accuracy, nodes)[0])
+
+
+def accepted_row(template: Template, ranks: np.ndarray) -> np.ndarray:
+    """Returns i64[N]: the row of a tree at each of N places behind which no guess is right any more.
 
     Args:
         template: the tree.
         ranks: i[N, K], at which rank the head has the right token of each offset.
     """
-    depth = np.zeros(len(ranks), np.int64)
-    for path in template.paths[1:]:
+    found = np.zeros(len(ranks), np.int64)
+    for row, path in enumerate(template.paths[1:], 1):  # breadth first: the last right one is the deepest
         right = (ranks[:, : len(path)] == np.array(path)[None, :]).all(axis=1)
-        depth = np.where(right, np.maximum(depth, len(path)), depth)
-    return depth
+        found = np.where(right, row, found)
+    return found

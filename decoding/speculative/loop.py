@@ -118,6 +118,7 @@ def verify_step(
         attend=policy.attend,
         ctx=TreeRows(tree.ancestors, tree.depth, carry.memory),
         collect=drafter.collect,
+        instead=None if drafter.embed is None else drafter.embed(params, tree),
     )
     target = Target(output.logits, carry.call.sampling, carry.seen, carry.call.keys, state.lengths)
     verified = verify(drafter.mode, tree, target, drafter.most)

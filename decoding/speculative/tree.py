@@ -24,7 +24,8 @@ class TokenTree:
     """A batch of token trees of one width.
 
     Attributes:
-        tokens: i32[B, W].
+        tokens: i32[B, W]. A negative one is none: the row carries what `Drafter.embed` says, hangs in the tree as any
+            other, and is never accepted.
         parent: i32[B or 1, W], a lower row than the row itself; -1 for row 0 and for dead rows.
         depth: i32[B or 1, W], edges between a row and row 0.
         ancestors: bool[B or 1, W, W]; [i, j] is true when j is i or an ancestor of i.

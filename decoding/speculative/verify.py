@@ -42,10 +42,9 @@ def verify(mode: Mode, tree: TokenTree, target: Target, most: int) -> Verified:
         target: the target's logits and settings.
         most: A, one more than the deepest row's depth.
     """
+    tree = tree.replace(parent=jnp.where(tree.tokens < 0, -1, tree.parent))  # rows without a token are dead here
     if callable(mode):
         return mode(tree, target, most)
-    batch, width = tree.tokens.shape
-    tree = tree.replace(parent=jnp.broadcast_to(tree.parent, (batch, width)))
     plain = jnp.all(target.sampling.temperature == 0) & jnp.all(target.sampling.repetition_penalty == 1)
     sampled = {"node": _node, "traversal": traversal}.get(mode, functools.partial(_recursive, mode))
     return jax.lax.cond(plain, lambda: _greedy(tree, target, most), lambda: sampled(tree, target, most))

@@ -56,6 +56,7 @@ SMALL = {  # options of methods that take long to compile, or that would read al
         "gates": ((0.1, 0.9), (0.0, 0.0), (0.8, 0.2)),
     },
     "medusa": {"nodes": 9},
+    "ppd": {"nodes": 11},
     "rapid": {"length": 3},
     "rsd_c": {"children": (3, 2)},
     "rsd_s": {"beams": 3, "depth": 2},

@@ -48,6 +48,7 @@ KINDS = {
     "train/eagle": DraftHeadConfig,
     "train/hidden_transfer": DraftHeadConfig,
     "train/medusa": DraftHeadConfig,
+    "train/ppd": DraftHeadConfig,
     "generate": GenerateConfig,
 }
 FILES = sorted(CONFIGS.rglob("*.yaml"))

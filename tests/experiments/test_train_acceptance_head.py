@@ -70,7 +70,7 @@ def test_training_then_decoding(run, folder):
         (
             ["--head", str(head), "--method", "rsd_c"],
             "draft",
-            "has no use for a head: leave out --head, or use eagle, hidden_transfer, medusa, specdec_pp",
+            "has no use for a head: leave out --head, or use eagle, hidden_transfer, medusa, ppd, specdec_pp",
         ),
         (["--head", str(head)], "model", "is a head for draft 'draft', not for 'model'"),
     ):

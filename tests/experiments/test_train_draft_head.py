@@ -1,6 +1,7 @@
 """From texts that a tiny model writes to a head that drafts for it, through the mains."""
 
 import json
+import shutil
 
 import pytest
 
@@ -127,6 +128,24 @@ def test_a_run_goes_on_to_the_same_figures(run, folder, monkeypatch):
     assert code == 0, err
     whole = metrics(folder / "run" / "metrics.jsonl")
     assert metrics(folder / "broken" / "metrics.jsonl") == whole
+
+
+def test_prompt_tokens_are_trained_on_places_drawn_at_random(run, folder):
+    """Two updates at once, and one after the other: the places of an update are its own."""
+    (folder / "ppd.yaml").write_text(
+        f"{{texts: {folder / 'texts'}, head: {{type: ppd, offsets: 2}}, steps: 2, batch_size: 2, evaluate_every: 2, "
+        "loss: {hard: 0.0, soft: 1.0, places: 3}, saving: {every: 1}}"
+    )
+    flags = ["--config", folder / "ppd.yaml", "--run_dir"]
+    code, out, err = run(train_draft_head.main, *flags, folder / "ppd")
+    assert code == 0, err
+    head = load_draft_head(folder / "ppd" / "head.safetensors", None, "ppd")
+    assert head.values["prompts"].shape == (2, 1, 16) and head.figures["parameters"] == 32
+    whole = metrics(folder / "ppd" / "metrics.jsonl")
+    shutil.rmtree(folder / "ppd" / "checkpoints" / "2")
+    code, _, err = run(train_draft_head.main, *flags, folder / "ppd")
+    assert code == 0, err
+    assert whole and metrics(folder / "ppd" / "metrics.jsonl") == whole
 
 
 def test_a_table_trains_the_head_it_lacks(run, folder):

@@ -1,6 +1,7 @@
 """Training of heads: what is guessed from where, the loss, hidden states in files, accept lengths, files of heads."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,15 @@ from decoding.speculative.clover import CloverConfig
 from decoding.speculative.draft_head import Reading
 from decoding.speculative.eagle import EagleConfig
 from decoding.speculative.head_kinds import kind_of
-from decoding.speculative.head_trees import calibrated_tree
+from decoding.speculative.head_trees import one_tree
 from decoding.speculative.hidden_transfer import HiddenTransferConfig
 from decoding.speculative.medusa import MEDUSA_HEAD, MedusaConfig
+from decoding.speculative.ppd import PPDConfig
 from finetune.adapters.saved import Base, base_of
 from finetune.draft_heads import (
     HeadBatch,
     HeadLoss,
+    at_random_places,
     filled,
     head_loss,
     index_rows,
@@ -159,6 +162,36 @@ def test_the_loss_is_the_mean_cross_entropy_of_its_formula(tiny, rows, batch, vo
         )
 
 
+def test_places_are_drawn_among_those_that_every_offset_is_guessed_from(batch):
+    wanted = np.asarray(offsets_ahead(batch, 2)[1]).all(axis=-1)
+    draws = [at_random_places(batch, 2, 7, (0, step)).reading.places for step in range(60)]
+    np.testing.assert_array_equal(draws[3], at_random_places(batch, 2, 7, (0, 3)).reading.places)
+    for places in draws:
+        for own, row in zip(places, wanted, strict=True):
+            real = own[own >= 0]
+            assert len(set(real.tolist())) == len(real) == min(7, row.sum()) and row[real].all()
+    assert {*np.flatnonzero(wanted[0])} == {*np.concatenate([places[0] for places in draws])} - {-1}
+
+
+def test_the_loss_over_places_is_the_mean_over_them(tiny, rows, batch):
+    model, params = tiny
+    values, (trainer, constants) = random_values(tiny), trainer_of(tiny, rows, soft=0.5)
+    some, every = (at_random_places(batch, 2, count, (0, 3)) for count in (7, 64))
+    whole, part, found = (head_loss(trainer, constants, values, b)[1] for b in (batch, every, some))
+    places = some.reading.places
+    tokens = [int(figures["tokens"]) for figures in (whole, part, found)]
+    assert tokens == [8 * (ROOM - 1), 8 * (ROOM - 2), (places >= 0).sum()]
+    np.testing.assert_allclose(whole["cross_entropy_2"], part["cross_entropy_2"], rtol=1e-5)
+    ids, labels = np.unique(rows.tokens), np.asarray(offsets_ahead(batch, 2)[0])
+    reading = batch.reading._replace(hidden=jax.tree.map(lambda x: x.astype(np.float32), batch.reading.hidden))
+    y = MEDUSA_HEAD.guesses(CONFIG, model, params, values, reading)
+    log_p = jax.nn.log_softmax(model.apply({"params": params}, y, method="scores")[..., ids], axis=-1)
+    own = [
+        -log_p[r, p, 0, np.searchsorted(ids, labels[r, p, 0])] for r, row in enumerate(places) for p in row if p >= 0
+    ]
+    np.testing.assert_allclose(found["cross_entropy_1"], np.mean(own), rtol=1e-4)
+
+
 def test_updates_learn_and_leave_the_target_alone(tiny, rows, batch):
     trainer, constants = trainer_of(tiny, rows)
     before = jax.tree.map(np.array, constants.params)
@@ -182,8 +215,10 @@ def test_updates_learn_and_leave_the_target_alone(tiny, rows, batch):
         (CloverConfig(), {"tree": "static"}),
         (CloverConfig(version=2), {"tree": "static"}),
         (HiddenTransferConfig(layers=(1,)), {}),
+        (PPDConfig(), {}),
+        (PPDConfig(offsets=2, copies=2), {}),
     ],
-    ids=["eagle", "clover", "clover_2", "hidden_transfer"],
+    ids=["eagle", "clover", "clover_2", "hidden_transfer", "ppd", "ppd_copies"],
 )
 def test_decoding_accepts_what_training_simulates(tiny, rows, folder, config, options):
     """The head's guesses in training are those in decoding: one step is as long as the other, in every text."""
@@ -194,9 +229,10 @@ def test_decoding_accepts_what_training_simulates(tiny, rows, folder, config, op
     values, chosen = scattered(kind.init(config, model, params, jax.random.key(2)), 0.1), np.arange(8)
     ranks = all_ranks(make_ranks(trainer), params, values, rows, hidden, chosen, 64)
     accuracy = accuracy_of(ranks)
-    simulated = accept_length(calibrated_tree(accuracy, 12)[0], ranks, rows, chosen)
+    simulated = accept_length(kind.trees(config, accuracy, 12), ranks, rows, chosen)
     fn = make_decode_fn(model, config.type, max_new_tokens=ROOM, head=config, accuracy=accuracy, nodes=12, **options)
-    plain = config.type == "hidden_transfer"  # whether the first step is a plain one, for want of streams
+    # Whether the first step is a plain one, for want of streams.
+    plain = config.type in ("hidden_transfer", "ppd")
     prompts = [rows.tokens[rows.starts[r] : rows.starts[r + 1] - ROOM + (not plain)].tolist() for r in chosen]
     stats = jax.tree.map(np.asarray, fn(WithDraft(params, values), prompts, max_new_tokens=ROOM - (not plain)).stats)
     assert stats.accepted.sum() > 10
@@ -213,10 +249,10 @@ def test_simulated_accept_lengths_are_those_of_decoding(tiny, rows, hidden):
     for nodes in (2, 12):
         fn = make_decode_fn(model, "medusa", max_new_tokens=ROOM, head=CONFIG, accuracy=accuracy, nodes=nodes)
         stats = fn(WithDraft(params, values), PROMPTS).stats
-        simulated = accept_length(calibrated_tree(accuracy, nodes)[0], ranks, rows, chosen)
+        simulated = accept_length(one_tree(CONFIG, accuracy, nodes), ranks, rows, chosen)
         steps = np.asarray(stats.steps) - 1
         assert simulated == pytest.approx((np.asarray(stats.emitted) - 1).sum() / steps.sum())
-    found, figures = figures_of(ranks, ranks, rows, chosen)
+    found, figures = figures_of(ranks, ranks, rows, chosen, functools.partial(one_tree, CONFIG))
     assert found == accuracy and figures["top1_2"] == pytest.approx(np.mean(ranks[ranks[:, 1] >= 0, 1] == 0))
     assert figures["mat_chain"] >= 1 and figures["mat_4"] <= figures["mat_16"] <= figures["mat_63"]
     assert figures["top10_1"] == pytest.approx(np.mean(ranks[ranks[:, 0] >= 0, 0] < 10))
@@ -224,18 +260,21 @@ def test_simulated_accept_lengths_are_those_of_decoding(tiny, rows, hidden):
         accuracy_of(np.where(np.arange(2)[None, :] == 1, -1, ranks))
 
 
-def test_files_of_heads(tiny, tmp_path):
+@pytest.mark.parametrize("config", [CONFIG, PPDConfig(offsets=2, copies=3)], ids=lambda config: config.type)
+def test_files_of_heads(tiny, tmp_path, config):
     base, path = base_of("tiny", tiny[1]), tmp_path / "run" / "head.safetensors"
     accuracy = ((0.5,) * 10, (0.25,) * 10)
-    values = random_values(tiny)
-    save_draft_head(path, SavedHead(CONFIG, values, accuracy, {"mat_16": 1.5}, base))
-    found = load_draft_head(path, base, "medusa")
-    assert (found.config, found.accuracy, found.figures, found.base) == (CONFIG, accuracy, {"mat_16": 1.5}, base)
+    values = kind_of(config).init(config, *tiny, jax.random.key(2))
+    save_draft_head(path, SavedHead(config, values, accuracy, {"mat_16": 1.5}, base))
+    found = load_draft_head(path, base, config.type)
+    assert (found.config, found.accuracy, found.figures, found.base) == (config, accuracy, {"mat_16": 1.5}, base)
     jax.tree.map(np.testing.assert_array_equal, found.values, values)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     with pytest.raises(InputError, match="belongs to 'tiny' .*, not to 'other'"):
         load_draft_head(path, Base("other", "0" * 64))
-    with pytest.raises(InputError, match="holds a head of 'medusa', not of 'eagle': use --method medusa"):
+    with pytest.raises(
+        InputError, match=f"holds a head of '{config.type}', not of 'eagle': use --method {config.type}"
+    ):
         load_draft_head(path, base, "eagle")
     with pytest.raises(InputError, match="no such head: .*; train one with python -m experiments.train_draft_head"):
         load_draft_head(tmp_path / "none", base)
@@ -245,7 +284,11 @@ def test_files_of_heads(tiny, tmp_path):
 
 
 def test_settings_out_of_range():
-    for settings, words in (({"decay": 0.0}, "decay must be above 0"), ({"hard": 0.0}, "not all 0")):
+    for settings, words in (
+        ({"decay": 0.0}, "decay must be above 0"),
+        ({"hard": 0.0}, "not all 0"),
+        ({"places": 0}, "places must"),
+    ):
         with pytest.raises(InputError, match=words):
             HeadLoss(**settings)
     assert dataclasses.is_dataclass(HeadLoss()) and issubclass(Reading, tuple)

@@ -4,10 +4,22 @@ import math
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from finetune.data import StoriesData, read_data
-from finetune.stories import State, law, read, stories, story_tokenizer, truth, vocabulary, write
+from finetune.stories import (
+    State,
+    law,
+    properties,
+    read,
+    stories,
+    story_properties,
+    story_tokenizer,
+    truth,
+    vocabulary,
+    write,
+)
 from models.errors import InputError
 
 
@@ -103,3 +115,15 @@ def test_stories_are_data():
     assert data.train.targets.reshape(6, 20).sum() == 6 * 19
     with pytest.raises(InputError, match="words 2"):
         StoriesData(words=1)
+
+
+def test_what_holds_behind_each_word():
+    words = ["mira", "fed", "a", "tired", "cat", "near", "the", "harbour", ".", "she"]
+    held = story_properties(words, 0)
+    said = [[properties()[place] for place in np.flatnonzero(row)] for row in held]
+    assert said[0] == ["word mira", "place verb", "who she"]
+    assert said[1] == ["word fed", "place object", "who she", "verb fed"]
+    assert said[3] == ["word tired", "place bare", "who she", "verb fed"]
+    assert said[4] == ["word cat", "place tail", "who she"]
+    assert said[8] == ["word .", "place start", "who she"]
+    assert len(set(properties())) == len(properties()) == held.shape[1]

@@ -10,6 +10,7 @@ from models.config import AttentionConfig, BlockConfig, DecoderConfig, MLPConfig
 from models.decoder import Decoder
 from models.errors import InputError
 from models.growth import GrowthConfig, doubled_order, grow, layer_cosines, most_alike
+from models.scratch import ExpertsConfig
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 31, (2, 9)), jnp.int32)
 
@@ -104,6 +105,20 @@ def test_models_without_rotary_positions():
     for growth, message in ((GrowthConfig(rope_theta=1e6), "no rotary"), (GrowthConfig(max_length=64), "learned")):
         with pytest.raises(InputError, match=message):
             grow(model, {}, growth)
+
+
+@pytest.mark.parametrize("router", ["learned", "sparsity"])
+def test_mlps_become_experts(router):
+    block = BlockConfig(AttentionConfig(2, 1, 8), MLPConfig(24, "relu", gated=False))
+    model = Decoder(DecoderConfig("llama", 31, 16, (block,) * 2, 32))
+    params = jax.tree.map(lambda x: 10 * x, model.init(jax.random.key(0), TOKENS)["params"])
+    grown, more = grow(model, params, GrowthConfig(experts=ExpertsConfig(4, 2, router)))
+    shapes = jax.eval_shape(grown.init, jax.random.key(0), TOKENS)["params"]
+    assert jax.tree.map(jnp.shape, more) == jax.tree.map(jnp.shape, shapes)
+    copies, same = grow(model, params, GrowthConfig(experts=ExpertsConfig(4, 1, router)))
+    np.testing.assert_allclose(logits(copies, same), logits(model, params), atol=1e-5)
+    with pytest.raises(InputError, match="experts are made of MLPs"):
+        grow(grown, more, GrowthConfig(experts=ExpertsConfig()))
 
 
 def test_counts_of_layers_to_double():

@@ -117,7 +117,7 @@ def test_experts_that_do_not_divide_are_refused():
     [
         ({"top_k": 6}, "top_k must be 1 to num_experts, 5; got 6"),
         ({"expert": MLPConfig(12, bias=True)}, "experts have no biases"),
-        ({"router": "sparsity"}, "must be relu and not gated, got activation 'silu', gated True"),
+        ({"router": "sparsity"}, "a gated one has two: set gated to false"),
     ],
 )
 def test_mixtures_that_cannot_be(change, message):
@@ -201,3 +201,31 @@ def test_a_mixture_of_copies_starts_as_the_mlp(config):
     expected = mlp.apply({"params": params}, x)
     assert jnp.abs(expected).max() > 0.1
     np.testing.assert_allclose(output(config, mixture, x), expected, atol=1e-5)
+
+
+def test_narrower_experts_share_the_neurons_out():
+    """All experts with equal weights are the MLP, and so are the two of one sharing: those of a pair hold each neuron.
+
+    Both by the experts' own formula, in which no order of neurons occurs.
+    """
+    mlp, x = MLPConfig(24, "gelu", gated=True), inputs((5, 8))
+    params = jax.tree.map(lambda w: 20.0 * w, MLP(mlp).init(jax.random.key(2), x)["params"])
+    config = MoEConfig(6, 2, dataclasses.replace(mlp, width=12))
+    experts = Experts(*(upcycled(params, config)[f"experts_{name}"] for name in ("up", "gate", "down")))
+    expected = MLP(mlp).apply({"params": params}, x)
+    assert jnp.abs(expected).max() > 0.1
+    for weights in ((1 / 6,) * 6, (0.5, 0.5, 0, 0, 0, 0), (0, 0, 0, 0, 0.5, 0.5)):
+        out = dense(x, experts, jnp.tile(jnp.array(weights), (5, 1)), config.expert)
+        np.testing.assert_allclose(out, expected, atol=1e-5)
+    assert (
+        jnp.abs(dense(x, experts, jnp.tile(jnp.array([0, 0.5, 0.5, 0, 0, 0]), (5, 1)), config.expert) - expected).max()
+        > 0.01
+    )
+    assert not np.allclose(experts.up[0], experts.up[2]), "every sharing has an order of its own"
+
+
+@pytest.mark.parametrize(("num", "width"), [(4, 5), (3, 6)])
+def test_widths_that_cannot_be_shared_out(num, width):
+    params = MLP(MLPConfig(12)).init(jax.random.key(2), inputs((5, 8)))["params"]
+    with pytest.raises(InputError, match=f"width 12 cannot become {num} experts of width {width}"):
+        upcycled(params, MoEConfig(num, 2, MLPConfig(width)))

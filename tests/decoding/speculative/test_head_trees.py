@@ -8,7 +8,7 @@ import pytest
 from decoding.speculative.draft_head import HeadOptions
 from decoding.speculative.head_trees import (
     RANKS,
-    accepted_depth,
+    accepted_row,
     calibrated,
     calibrated_tree,
     check_accuracy,
@@ -61,12 +61,12 @@ def test_only_guesses_that_pay_are_kept(seconds, width):
     assert template.width == width and (gain > 1) == (width > 1)
 
 
-def test_accepted_depth_is_that_of_the_longest_right_path():
+def test_the_accepted_row_is_the_end_of_the_longest_right_path():
     template, _ = calibrated_tree(ACCURACY, 16)
     ranks = np.random.default_rng(0).integers(-1, 4, (300, 3))
-    for row, depth in zip(ranks, accepted_depth(template, ranks), strict=True):
-        right = [len(path) for path in template.paths if path == tuple(row[: len(path)])]
-        assert depth == max(right)
+    for row, found in zip(ranks, accepted_row(template, ranks), strict=True):
+        right = [path for path in template.paths if path == tuple(row[: len(path)])]
+        assert template.paths[found] == max(right, key=len)
 
 
 def test_errors():
