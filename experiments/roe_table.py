@@ -19,7 +19,7 @@ from experiments.kept import cell_key, keep, read_kept
 from experiments.runtime import machine
 from experiments.train_config import TrainConfig
 from experiments.train_table import Figures, TrainClaim, TrainRow
-from finetune.data import RecordsData
+from finetune.data_configs import RecordsData
 from finetune.distillation import DistillationConfig
 from finetune.objective_configs import CrossEntropyConfig
 from models.return_of_the_encoder import matched, num_parameters, split
@@ -190,8 +190,8 @@ def _speeds(config: RoeTableConfig) -> dict[float, Figures]:
 def _measure_speeds(shapes: list[ScratchConfig], size: RoePreset) -> list[Figures]:
     import jax
 
-    from experiments.timed import alternate
     from experiments.scratch_tokenizers import scratch_tokenizer
+    from experiments.timed import alternate
     from models.encoder_decoder import init_params
 
     found: list[Figures] = []

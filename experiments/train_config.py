@@ -4,8 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from experiments.train_dolphin import DolphinTraining
 from finetune.adapters import AdapterConfig, LoraConfig
-from finetune.data import DataConfig, GeneratedData
+from finetune.data_configs import DataConfig, GeneratedData
 from finetune.distributed import DistributedConfig
 from finetune.objective_configs import CrossEntropyConfig, ObjectiveConfig
 from finetune.optimizers import OptimizerConfig
@@ -70,6 +71,7 @@ class TrainConfig:
     batch_size: int = 8  # rows of an update, over all devices and micro-batches
     accumulate: int = 1  # micro-batches of an update
     length: int = 128  # tokens of a row
+    dolphin: DolphinTraining | None = None  # a compressor of contexts that is trained before `model`
     source_length: int | None = None  # tokens that an encoder reads beside a row, at most; null: as many as `length`
     packing: bool = True  # several texts in a row; false: one text in a row, padded (as an encoder needs it)
     remat: bool = False  # compute blocks again in the backward pass: less memory, a third more work
@@ -95,6 +97,8 @@ class TrainConfig:
             raise ValueError("a new model (scratch) is trained whole: set adapter to null")
         if self.join is not None and (self.scratch is not None or self.adapter is not None):
             raise ValueError("join is of two trained models (scratch: null), and trains the encoder (adapter: null)")
+        if self.dolphin is not None and self.adapter is not None and self.adapter.type != "lora":
+            raise ValueError("a pair of decoders (dolphin) is trained with the adapter lora, or whole (adapter: null)")
         if self.growth is not None and (self.scratch is not None or self.adapter is not None):
             raise ValueError(
                 "growth is of a trained model (scratch: null), and of what is trained whole (adapter: null)"

@@ -144,6 +144,8 @@ class Evaluator:
             model, stops = network(run.model.config), run.tokenizer.stop_ids
             self._decode = make_decode_fn(model, "greedy", max_new_tokens=settings.max_new_tokens, stop_tokens=stops)
         params = run.method.attach(run.constants.base, run.constants.frozen, trainable)
-        out = self._decode(params, [question.tokens for question in self._questions])
+        contexts = [question.context for question in self._questions]
+        read = {} if None in contexts else {"contexts": contexts}
+        out = self._decode(params, [question.tokens for question in self._questions], **read)
         tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
         return [run.tokenizer.decode(row[:length]) for row, length in zip(tokens, lengths, strict=True)]

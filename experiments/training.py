@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from experiments.base_model import Base, load_base, objective_of, pairs_of
 from experiments.config import dump_config, save_config
-from experiments.joining import encoder_tuning, joined
+from experiments.joining import encoder_tuning
 from experiments.kept import locked
-from experiments.scratch_tokenizers import scratch_tokenizer
 from experiments.train_config import TrainConfig
+from experiments.train_dolphin import save_pair
 from experiments.train_report import CompiledStep, Evaluator, Figures, Reporter
 from finetune import state as states
 from finetune.adapters import make_adapter
@@ -34,28 +35,18 @@ from finetune.checkpoints import Checkpoints
 from finetune.data import TrainingData, read_data
 from finetune.distributed import check_rows, global_batch, is_main, on_main, row_share
 from finetune.emo import EmoConfig, cosine_spread
-from finetune.objective_configs import DistillationConfig, make_objective
 from finetune.objectives import BatchObjective, Objective
 from finetune.optimizers import learning_rate, make_optimizer
 from finetune.packing import Batches
-from finetune.rows import Pairs, Rows
+from finetune.rows import Rows
 from finetune.run_log import RunLog
 from finetune.state import Batch, Constants, Method, TrainState
 from finetune.trainer import Hook, NotFinite, make_train_step, train
-from models.encoder_decoder import EncoderDecoder, Network, decoder_only, init_params, network
+from models.dolphin import PARTS
+from models.encoder_decoder import Network, network
 from models.errors import InputError
-from models.growth import grow
 from models.sharding import build, make_mesh, place
 from models.weights.tokenizer import Tokenizer
-
-
-class Base(NamedTuple):
-    """The model that a run starts from; `name` is what an adapter of it will say that it belongs to."""
-
-    name: str
-    model: Network
-    params: Any
-    tokenizer: Tokenizer
 
 
 class Run(NamedTuple):
@@ -80,54 +71,18 @@ class Run(NamedTuple):
     step: Callable
 
 
-def load_base(config: TrainConfig, mesh: Mesh) -> Base:
-    """Loads the model to be trained, or makes a new one, spread over a mesh."""
-    from models.scratch import scratch_model
-    from models.weights.load import load_model
-
-    if config.scratch is None:
-        model, params, tokenizer = load_model(config.model, config.dtype, mesh)
-        if tokenizer is None:
-            raise InputError(f"{config.model} has no tokenizer.json: put the model's tokenizer.json into the folder")
-        name = Path(config.model).name
-        if config.growth is not None:
-            model, params = grow(decoder_only(model, "growth"), params, config.growth)
-        if config.join is not None:
-            model, params = joined(config, model, params, tokenizer)
-    else:
-        shape = config.scratch
-        tokenizer = scratch_tokenizer(shape.tokenizer)
-        model, name = scratch_model(shape, tokenizer.vocab_size), "scratch"
-        params = build(lambda: init_params(model, jax.random.key(config.seed)), mesh=mesh)
-    if config.length > model.config.max_length:
-        raise InputError(f"length {config.length} is more than the model's context of {model.config.max_length} tokens")
-    return Base(name, network(model.config, config.remat), params, tokenizer)
-
-
-def pairs_of(config: TrainConfig, model: Network) -> Pairs | None:
-    """Returns what the rows of a model with an encoder are like; None for any other."""
-    if not isinstance(model, EncoderDecoder):
-        if config.source_length is not None:
-            raise InputError("source_length is for models with an encoder, which this one has not: leave it out (null)")
-        return None
-    source_length, most = config.source_length or config.length, model.config.encoder.max_length
-    if source_length > most:
-        raise InputError(f"source_length {source_length} is more than the {most} tokens that the model's encoder reads")
-    return Pairs(model.config.start_token, source_length)
-
-
 def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
     """Reads and makes everything, and takes up the newest checkpoint where there is one."""
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size // config.accumulate, mesh)
     base = load_base(config, mesh)
-    data = read_data(config.data, base.tokenizer, config.length, pairs_of(config, base.model))
+    data = read_data(config.data, base.tokenizer, config.length, pairs_of(config, base.model, base.reader))
     batches, test = _batches(config, data.train, mesh), config.evaluation.batches
     # Held-out rows are read by the micro-batch: what an update can hold, an evaluation can.
     part = dataclasses.replace(config, batch_size=config.batch_size // config.accumulate, accumulate=1)
     held_out = _batches(part, data.test, mesh) if len(data.test) and test else ()
     held_out = tuple(global_batch(held_out(step), mesh) for step in range(min(len(held_out), test)))
-    objective = _objective(config, base, mesh)
+    objective = objective_of(config, base, mesh)
     if isinstance(objective, BatchObjective):  # it has no loss of a row by itself
         held_out = ()
     notes = (*data.notes, *_about_costs(config, objective))
@@ -142,7 +97,9 @@ def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
     schedule = learning_rate(config.optimizer, config.steps)
     step = make_train_step(base.model, objective, method, optimizer, schedule, mesh)
     constants = Constants(rebased(frozen), frozen, objective.constants)
-    belongs_to = None if config.adapter is None else base_of(base.name, base.params)
+    belongs_to = base.bases
+    if config.adapter is not None and belongs_to is None:
+        belongs_to = base_of(base.name, base.params)
     return Run(
         base.name,
         base.model,
@@ -181,31 +138,6 @@ def _batches(config: TrainConfig, rows: Rows, mesh: Mesh) -> Batches:
     )
 
 
-def _objective(config: TrainConfig, base: Base, mesh: Mesh) -> Objective:
-    from models.weights.load import load_model
-
-    teacher = None
-    if isinstance(config.objective, DistillationConfig):
-        *teacher, tokenizer = load_model(config.objective.teacher, config.dtype, mesh)
-        if tokenizer is None or tokenizer.backend.get_vocab() != base.tokenizer.backend.get_vocab():
-            raise InputError(
-                f"the teacher {config.objective.teacher} reads other tokens than the model {base.name}: take a teacher "
-                "with the same tokenizer"
-            )
-    stops = tuple(base.tokenizer.stop_ids)
-    lengths = (config.source_length or config.length, config.length)
-    return make_objective(
-        config.objective,
-        base.model,
-        base.params,
-        base.tokenizer.vocab_size,
-        teacher,
-        stops,
-        tokenizer=base.tokenizer,
-        lengths=lengths,
-    )
-
-
 def _about_costs(config: TrainConfig, objective: Objective) -> tuple[str, ...]:
     """Returns how far EMO's costs tell tokens apart; nothing for other objectives."""
     if not isinstance(config.objective, EmoConfig):
@@ -235,7 +167,11 @@ def _method(
         gradients = kernels if resumed else _gradients(base, mesh, objective, kernels, batches, config)
     frozen, trainable = adapter.init(jax.random.key(config.seed), kernels, gradients)
     frozen, trainable = place(frozen, mesh), place(trainable, mesh)
-    return states.adapter_tuning(adapter), frozen, trainable, lambda frozen: rebase(adapter, base.params, frozen)
+    method = states.adapter_tuning(adapter)
+    if config.dolphin is not None:
+        whole = {name: jax.tree.map(lambda x: jnp.array(x, jnp.float32), base.params[name]) for name in PARTS}
+        method, trainable = states.with_whole(method, PARTS), {"adapter": trainable, "whole": whole}
+    return method, frozen, trainable, lambda frozen: rebase(adapter, base.params, frozen)
 
 
 def _gradients(base: Base, mesh: Any, objective: Objective, kernels: Any, batches: Batches, config: TrainConfig) -> Any:
@@ -246,7 +182,7 @@ def _gradients(base: Base, mesh: Any, objective: Objective, kernels: Any, batche
 # What decides where a run comes out; the rest of a config, and the learning rate, may change when it goes on.
 _DECIDES = (
     *("model", "scratch", "growth", "join", "dtype", "adapter", "data", "objective", "optimizer"),
-    *("batch_size", "length", "source_length", "packing"),
+    *("dolphin", "batch_size", "length", "source_length", "packing"),
 )
 
 
@@ -378,6 +314,9 @@ def _save_trained(config: TrainConfig, run: Run, state: TrainState) -> None:
     from models.weights.orbax import save_model
 
     frozen, trainable = run.method.finish(run.constants.frozen, state.trainable)
+    if config.dolphin is not None:
+        save_pair(config, run, frozen, trainable)
+        return
     if config.adapter is not None:
         save_adapter(config.run_dir / "adapter", config.adapter, frozen, trainable, run.belongs_to)
         return

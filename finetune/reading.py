@@ -1,7 +1,8 @@
 """How a model reads a batch: the one forward pass behind every objective, evaluation and gradient pass.
 
 A decoder reads rows in which several texts may stand side by side. A model with an encoder reads a source beside each
-row, and its decoder the row as any other decoder does.
+row, and its decoder the row as any other decoder does; one with a compressor makes embeddings of a source, which stand
+in the row's places of negative ids.
 
 Axis letters: B rows, T tokens of a row, S tokens of a source, D width.
 """
@@ -15,6 +16,8 @@ from jax.sharding import Mesh
 
 from finetune.state import Batch
 from models.attention import segment_attend
+from models.decoder import Inserted
+from models.dolphin import Dolphin
 from models.encoder_decoder import EncoderDecoder, Network
 from models.errors import InputError
 from models.moe import ROUTING
@@ -39,10 +42,10 @@ def read_batch(
     Raises:
         InputError: a source for a model without an encoder, or none for one with an encoder.
     """
-    if isinstance(model, EncoderDecoder) != (batch.source is not None):
+    if isinstance(model, EncoderDecoder | Dolphin) != (batch.source is not None):
         raise InputError(
-            f"the model is an encoder-decoder ({model.config.family}) and the batch has no source: make its rows with "
-            "finetune.rows.pair"
+            f"the model reads a source beside each row ({model.config.family}) and the batch has none: make its rows "
+            "with finetune.rows.pair or with_context"
             if batch.source is None
             else f"the batch has sources, and this {model.config.family} model has no encoder to read them: train an "
             "encoder-decoder, or put each source in front of its row"
@@ -52,6 +55,11 @@ def read_batch(
 
 
 def _streams(module: Network, batch: Batch, mesh: Mesh | None) -> jax.Array:
+    if isinstance(module, Dolphin):
+        start = jnp.argmax(batch.tokens < 0, axis=1)
+        memory = Inserted(module.compress(*batch.source), start.astype(batch.positions.dtype))
+        x = keep_rows(module.embed(*memory.at(batch.tokens, batch.positions)), mesh)
+        return module.layers(x, batch.positions, attend=segment_attend, ctx=batch.segments)[0]
     encoded = None
     if batch.source is not None:
         tokens, lengths = batch.source
@@ -64,6 +72,8 @@ def _streams(module: Network, batch: Batch, mesh: Mesh | None) -> jax.Array:
 def _router_losses(model: Network, routing: Mapping[str, Any], batch: Batch) -> dict[str, jax.Array]:
     """Returns the losses of all routers; of an encoder-decoder, those of both stacks added up."""
     real = batch.segments > 0
+    if isinstance(model, Dolphin):
+        return {}
     if batch.source is None:
         return router_losses(model.config, routing, real)
     found = router_losses(model.config.decoder, routing.get("decoder", {}), real)

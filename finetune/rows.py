@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from decoding.contexts import SLOT
 from finetune.corpus import Example
 from models.errors import InputError
 from models.weights.tokenizer import Tokenizer
@@ -34,6 +35,20 @@ class Pairs(NamedTuple):
     """
 
     start_token: int
+    source_length: int
+
+
+class Compressed(NamedTuple):
+    """What rows for a `models.dolphin.Dolphin` are like: `with_context` makes them.
+
+    Attributes:
+        tokenizer: the compressor's.
+        memory: N, places of a row that its context takes.
+        source_length: tokens of the longest context.
+    """
+
+    tokenizer: Tokenizer
+    memory: int
     source_length: int
 
 
@@ -114,6 +129,17 @@ def pair(row: Row, start_token: int) -> Row:
     cut = len(row.targets) - row.targets[::-1].index(False) if False in row.targets else 0
     answer = row.tokens[cut:]
     return Row([start_token, *answer], [False] + [True] * len(answer), row.tokens[:cut])
+
+
+def with_context(row: Row, context: str, compressed: Compressed, bos_id: int | None) -> Row:
+    """Returns a row with a context as its source, in the compressor's tokens, and places of id -1 for its memory.
+
+    These stand in front of the row, behind its beginning-of-text token where it has one; nothing is predicted there.
+    """
+    first = int(row.tokens[:1] == [bos_id])
+    tokens = [*row.tokens[:first], *[SLOT] * compressed.memory, *row.tokens[first:]]
+    targets = [*row.targets[:first], *[False] * compressed.memory, *row.targets[first:]]
+    return Row(tokens, targets, compressed.tokenizer.encode(context))
 
 
 def as_chat(example: Example) -> Messages:

@@ -122,6 +122,28 @@ def adapter_tuning(adapter: Adapter) -> Method:
     return Method(attach, merge, adapter.hook, adapter.no_decay, adapter.finish, adapter.moved)
 
 
+def with_whole(inner: Method, parts: tuple[str, ...]) -> Method:
+    """Trains an adapter's values and, beside them, whole entries of the parameters: {"adapter": ..., "whole": ...}.
+
+    Args:
+        inner: of an adapter without a hook of the optimiser.
+        parts: names at the top of the tree of parameters.
+    """
+
+    def given(base, trainable):
+        new = {name: jax.tree.map(lambda x, like: x.astype(like.dtype), trainable["whole"][name], base[name])
+               for name in parts}  # fmt: skip
+        return {**base, **new}
+
+    def attach(base, frozen, trainable):
+        return inner.attach(given(base, trainable), frozen, trainable["adapter"])
+
+    def merge(base, frozen, trainable):
+        return inner.merge(given(base, trainable), frozen, trainable["adapter"])
+
+    return Method(attach, merge, lambda optimizer, steps: optimizer, inner.no_decay)
+
+
 def new_state(trainable: Any, optimizer: optax.GradientTransformation, own: Any = None) -> TrainState:
     """Returns the state before the first update; `own` is the objective's, None where it has none."""
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), {} if own is None else own)

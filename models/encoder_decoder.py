@@ -21,6 +21,7 @@ from models.attention import Attend, bidirectional_attend, dense_attend
 from models.cache import Encoded, KVCache
 from models.config import EncoderDecoderConfig, ModelConfig
 from models.decoder import Decoder, Output, next_positions
+from models.dolphin import Dolphin, DolphinConfig
 from models.errors import InputError
 from models.layers import Linear
 
@@ -162,18 +163,21 @@ class EncoderDecoder(nn.Module):
         return self.decoder.unembed(x)
 
 
-Network = Decoder | EncoderDecoder
+Network = Decoder | EncoderDecoder | Dolphin
 
 
-def network(config: ModelConfig, remat: bool = False) -> Network:
+def network(config: ModelConfig | DolphinConfig, remat: bool = False) -> Network:
     """Returns the network of a config; see `models.decoder.Decoder` for `remat`."""
-    return (EncoderDecoder if isinstance(config, EncoderDecoderConfig) else Decoder)(config, remat)
+    kinds = {EncoderDecoderConfig: EncoderDecoder, DolphinConfig: Dolphin}
+    return kinds.get(type(config), Decoder)(config, remat)
 
 
 def writing_stack(model: Network, params: Any) -> tuple[Decoder, Any]:
     """Returns the stack that writes, with its parameters: of a plain decoder itself."""
     if isinstance(model, EncoderDecoder):
         return Decoder(model.config.decoder, model.remat), params["decoder"]
+    if isinstance(model, Dolphin):
+        return model.writer, params["main"]
     return model, params
 
 

@@ -40,6 +40,10 @@ KINDS = {
     "bench/long_text": LongTextConfig,
     "train": TrainConfig,
     "train/specdec_pp": HeadConfig,
+    "train/chimera": DraftHeadConfig,
+    "train/chimera_without_context": DraftHeadConfig,
+    "train/chimera_without_residual": DraftHeadConfig,
+    "train/chimera_without_trigram": DraftHeadConfig,
     "train/clover": DraftHeadConfig,
     "train/clover_2": DraftHeadConfig,
     "train/clover_without_block": DraftHeadConfig,
@@ -110,6 +114,7 @@ def test_methods_and_options_exist(file):
         assert set(options) <= {field.name for field in dataclasses.fields(METHODS[method].options)}
         measured = {"latency": CURVE} if options.get("latency") == MEASURED else {}
         measured |= {"gates": ((0.5,),)} if isinstance(options.get("gates"), str | int) else {}
+        measured |= {"direction": (1.0,)} if isinstance(options.get("direction"), str) else {}
         METHODS[method].options(**{**options, **measured})
 
 
