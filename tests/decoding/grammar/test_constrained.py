@@ -150,7 +150,7 @@ def test_calls_that_cannot_be(decode_fn, tiny, call, told):
 
 def test_methods_and_functions_that_take_no_grammars(tiny):
     grammar = regex("a", VOCABULARY)
-    with pytest.raises(InputError, match="takes no grammars: use constrained"):
+    with pytest.raises(InputError, match="takes no grammars: use .*constrained"):
         make_decode_fn(tiny[0], "greedy", stop_tokens=[STOP])(tiny[1], PROMPTS, grammars=grammar)
     with pytest.raises(InputError, match="pass stop_tokens"):
         make_decode_fn(tiny[0], "constrained")(tiny[1], PROMPTS, grammars=grammar)
