@@ -10,6 +10,7 @@ from experiments import (
     method_table,
     moe_x_pages,
     moe_x_table,
+    search_table,
     train_pages,
     train_table,
     yi_pages,
@@ -39,4 +40,5 @@ KINDS: dict[str | None, Kind] = {
     "training": Kind(train_table.TrainTableConfig, train_table.measure, train_pages.write_table),
     "yi": Kind(yi_table.YiTableConfig, yi_table.measure, yi_pages.write_table),
     "knob": Kind(knob_config.KnobTableConfig, knob_table.measure, knob_pages.write_table),
+    "search": Kind(search_table.SearchTableConfig, search_table.measure, search_table.write_table),
 }
