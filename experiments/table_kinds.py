@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from experiments import (
+    aligned_table,
     knob_config,
     knob_pages,
     knob_table,
@@ -41,4 +42,5 @@ KINDS: dict[str | None, Kind] = {
     "yi": Kind(yi_table.YiTableConfig, yi_table.measure, yi_pages.write_table),
     "knob": Kind(knob_config.KnobTableConfig, knob_table.measure, knob_pages.write_table),
     "search": Kind(search_table.SearchTableConfig, search_table.measure, search_table.write_table),
+    "grammar_aligned": Kind(aligned_table.AlignedTableConfig, aligned_table.measure, aligned_table.write_table),
 }
