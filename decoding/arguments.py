@@ -99,6 +99,19 @@ def _is_key(value: Any) -> bool:
     return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
+def read_warm(method: str, warm: Any, cold: Any) -> Any:
+    """Returns what to start from; `cold` where nothing is given, and InputError where that is not this method's."""
+    if warm is None:
+        return cold
+    shapes = [jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), value) for value in (warm, cold)]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"warm must be the `warm` of an earlier output of method {method!r} with the same model and options: "
+            f"wanted {shapes[1]}, got {shapes[0]}"
+        )
+    return warm
+
+
 def whole_number(name: str, value: Any) -> int:
     """Returns an int; raises InputError for anything else than one whole number."""
     array = _numbers(value)

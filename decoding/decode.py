@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from decoding.arguments import read_keys, read_limit, read_sampling, read_settings, whole_number
+from decoding.arguments import read_keys, read_limit, read_sampling, read_settings, read_warm, whole_number
+from decoding.contexts import read_contexts, with_memory, writer, writer_params
 from decoding.grammar.rows import read_grammars
 from decoding.method import Call, Steps, WithDraft, target_params, with_kernels
 from decoding.prefill import Prompts, encode_prompts, observed_prefill, pad_prompts
 from decoding.registry import METHODS
 from decoding.state import DecodeOutput, DecodeState, init_state
 from models.cache import KVCache
+from models.dolphin import Dolphin
 from models.encoder_decoder import EncoderDecoder, Network, decoder_only
 from models.errors import InputError, unknown_name
 from models.sharding import mesh_of, place_rows, replicate
@@ -32,16 +34,21 @@ from models.sharding import mesh_of, place_rows, replicate
 class Plan:
     """All that is static in a decode function: equal plans share their compiled code."""
 
-    model: Network
+    model: Network | Dolphin
     method: str
     options: Any
     room: int
     stop_tokens: tuple[int, ...]
     cache_slots: int | None
 
+    @property
+    def writer(self) -> Network:
+        """The network that writes: the model but for what reads contexts."""
+        return writer(self.model)
+
     def steps(self) -> Steps:
         """Returns the method's functions for this model."""
-        return METHODS[self.method].make(self.model, self.options, self.stop_tokens)
+        return METHODS[self.method].make(self.writer, self.options, self.stop_tokens)
 
     def num_slots(self, bucket: int) -> int:
         """Returns S for prompts of a bucket: room for the padded prompt, and for every new token or as asked for.
@@ -64,13 +71,15 @@ def start(plan: Plan, params: Any, prompts: Prompts, call: Call, cache: KVCache 
             are read here, as the method reads them; and so they are where it looks on (`Steps.looks_on`), and where the
             model has an encoder for them.
     """
+    prompts = with_memory(plan.model, params, prompts)
+    params = writer_params(plan.model, params)
     steps, target = plan.steps(), target_params(params)
     seen, observer = None, steps.looks_on
     if isinstance(plan.model, EncoderDecoder):
         cache, prompts = encode_prompts(plan.model, target, prompts, plan.num_slots(1))
     elif cache is None or observer is not None:
         slots = plan.num_slots(prompts.tokens.shape[1])
-        cache, seen = observed_prefill(plan.model, target, prompts, slots, steps.policy.read, observer)
+        cache, seen = observed_prefill(plan.writer, target, prompts, slots, steps.policy.read, observer)
         prompts = prompts.replace(seen=seen)
     last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
     carry = steps.init(params, prompts, cache, call)
@@ -81,7 +90,7 @@ def start(plan: Plan, params: Any, prompts: Prompts, call: Call, cache: KVCache 
 def advance(plan: Plan, params: Any, state: DecodeState, max_steps: jax.Array) -> DecodeState:
     """Takes steps until every row is done, `max_steps` (i32[]) at most. Pure; the one decoding loop."""
     step, kernels = plan.steps().step, state.kernels
-    params = with_kernels(params, kernels)
+    params = with_kernels(writer_params(plan.model, params), kernels)
 
     def unfinished(carry):
         taken, state = carry
@@ -148,6 +157,7 @@ class DecodeFn:
         max_new_tokens: int | Sequence[int] | None = None,
         warm: Any = None,
         draft_prompts: Sequence[Sequence[int]] | None = None,
+        contexts: Any = None,
         grammars: Any = None,
         **sampling: float | Sequence[float],
     ) -> DecodeOutput:
@@ -167,6 +177,9 @@ class DecodeFn:
             warm: an earlier output's `warm`, to start from what a drafter has learned; None starts afresh.
             draft_prompts: B lists of token ids that a draft model reads in place of the prompts (a shortened context);
                 None: the prompts. The text itself depends on them only where a method is lossy.
+            contexts: for a `models.dolphin.Dolphin` B lists of ids of its compressor's tokenizer, read into memory that
+                stands where a prompt has the id `decoding.contexts.SLOT`, or in front of it; for any decoder-only model
+                such embeddings themselves, f[B, N, D] (`decoding.contexts.memory_of`).
             grammars: a `decoding.grammar.Grammar` for all rows, or one or None per row; for methods that take them.
             **sampling: temperature, top_k, top_p, min_p, repetition_penalty (`decoding.sampling.Sampling`), a number
                 for all rows or one per row, for methods that sample; and the method's own settings, likewise.
@@ -185,6 +198,7 @@ class DecodeFn:
             max_new_tokens=max_new_tokens,
             warm=warm,
             draft_prompts=draft_prompts,
+            contexts=contexts,
             grammars=grammars,
             **sampling,
         )
@@ -234,11 +248,13 @@ class DecodeFn:
         max_new_tokens: int | Sequence[int] | None = None,
         warm: Any = None,
         draft_prompts: Sequence[Sequence[int]] | None = None,
+        contexts: Any = None,
         grammars: Any = None,
         **sampling: float | Sequence[float],
     ) -> tuple[Prompts, Call]:
         """Checks a call's arguments (see `__call__`) and returns them as the arrays that `decode` and `start` take."""
-        padded = pad_prompts(prompts, self.plan.model.config.vocab_size)
+        drafts_alone = METHODS[self.plan.method].drafts and draft_prompts is None
+        padded = read_contexts(self.plan.model, prompts, contexts, drafts_alone)
         batch, held = len(padded.lengths), self._held(padded.lengths)
         capacity = self._capacity(int(held.max()), padded.tokens.shape[1], draft_prompts is None)
         limit = read_limit(self.plan.room if max_new_tokens is None else max_new_tokens, batch, self.plan.room)
@@ -251,7 +267,8 @@ class DecodeFn:
         read = self._draft_prompts(draft_prompts, batch)
         rows = np.minimum(limit, free), read_keys(rng, batch), settings
         grammar = self._grammars(grammars, batch)
-        return padded, Call(*rows, warm=self._warm(warm), draft_prompts=read, own=own, grammar=grammar)
+        warm = read_warm(method, warm, self.plan.steps().cold())
+        return padded, Call(*rows, warm=warm, draft_prompts=read, own=own, grammar=grammar)
 
     def _held(self, lengths: np.ndarray) -> np.ndarray:
         """Returns how many tokens of each prompt the decoder holds: of those that an encoder reads, a start token.
@@ -298,27 +315,14 @@ class DecodeFn:
         if grammars is not None and not METHODS[self.plan.method].grammars:
             taking = ", ".join(name for name, method in METHODS.items() if method.grammars)
             raise InputError(f"method {self.plan.method!r} takes no grammars: use {taking}")
-        return read_grammars(grammars, batch, self.plan.model.config.vocab_size, self.plan.stop_tokens)
-
-    def _warm(self, warm: Any) -> Any:
-        """Returns what to start from; raises InputError where it is not this method's."""
-        cold = self.plan.steps().cold()
-        if warm is None:
-            return cold
-        shapes = [jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), value) for value in (warm, cold)]
-        if shapes[0] != shapes[1]:
-            raise InputError(
-                f"warm must be the `warm` of an earlier output of method {self.plan.method!r} with the same model and "
-                f"options: wanted {shapes[1]}, got {shapes[0]}"
-            )
-        return warm
+        return read_grammars(grammars, batch, self.plan.writer.config.vocab_size, self.plan.stop_tokens)
 
     def _capacity(self, longest: int, bucket: int, own: bool) -> int:
         """Returns how many tokens a row may hold; raises InputError when the longest prompt is longer.
 
         `own` says that a draft model reads the prompts themselves.
         """
-        slots, context, whose = self.plan.cache_slots, self.plan.model.config.max_length, "model"
+        slots, context, whose = self.plan.cache_slots, self.plan.writer.config.max_length, "model"
         if METHODS[self.plan.method].drafts and own and self.plan.options.draft.config.max_length < context:
             context, whose = self.plan.options.draft.config.max_length, "draft model"
         spare = self.plan.steps().rows - 1  # a step writes its other rows behind the last token that may enter
@@ -337,7 +341,7 @@ class DecodeFn:
 
 
 def make_decode_fn(
-    model: Network,
+    model: Network | Dolphin,
     method: str = "greedy",
     *,
     max_new_tokens: int = 128,
@@ -348,7 +352,7 @@ def make_decode_fn(
     """Returns `decode_fn(params, prompts, rng=0, *, max_new_tokens=None, **sampling) -> DecodeOutput`.
 
     Args:
-        model: the network.
+        model: the network, or one with a compressor beside it (`models.dolphin`).
         method: a name in `METHODS`.
         max_new_tokens: room for new tokens per row; calls may ask for fewer.
         stop_tokens: ids that end a row (`tokenizer.stop_ids`).

@@ -17,7 +17,7 @@ from flax import struct
 
 from models.attention import Attend, dense_attend
 from models.cache import KVCache, commit, init_cache
-from models.decoder import Decoder
+from models.decoder import Decoder, Inserted
 from models.encoder_decoder import EncoderDecoder
 from models.errors import InputError
 
@@ -27,13 +27,15 @@ SMALLEST_BUCKET = 16
 
 @struct.dataclass
 class Prompts:
-    """A padded batch: tokens i32[B, P] (0 from `lengths` on) and lengths i32[B], 1 to P; and what the method's
-    `Observer` has seen of them.
+    """A padded batch: tokens i32[B, P] (0 from `lengths` on) and lengths i32[B], 1 to P; what the method's `Observer`
+    has seen of them; and the embeddings that stand in place of some of them (which are then 0), or what these are to
+    come from (`decoding.contexts`).
     """
 
     tokens: jax.Array
     lengths: jax.Array
     seen: Any = None
+    inserted: Any = None
 
 
 class Observer(NamedTuple):
@@ -108,7 +110,10 @@ def _read_row(index: int, prompt: Sequence[int], vocab_size: int) -> np.ndarray:
 def prompt_tokens(prompts: Prompts, vocab_size: int) -> jax.Array:
     """Returns bool[B, V]: which tokens occur in each row's prompt."""
     batch, width = prompts.tokens.shape
-    real = jnp.arange(width)[None, :] < prompts.lengths[:, None]
+    places = jnp.broadcast_to(jnp.arange(width)[None, :], (batch, width))
+    real = places < prompts.lengths[:, None]
+    if prompts.inserted is not None:
+        real &= ~prompts.inserted.within(places)
     seen = jnp.zeros((batch, vocab_size), bool)
     return seen.at[jnp.arange(batch)[:, None], prompts.tokens].max(real)
 
@@ -136,7 +141,7 @@ def observed_prefill(
     dtype = params["embedding"]["embedding"].dtype
     cache = init_cache([block.attention for block in model.config.blocks], len(prompts.lengths), num_slots, dtype)
     if observer is None:
-        cache = read_tokens(model, params, prompts.tokens, cache, prompts.lengths.max() - 1, attend)
+        cache = read_tokens(model, params, prompts.tokens, cache, prompts.lengths.max() - 1, attend, prompts.inserted)
         return commit(cache, None, prompts.lengths - 1), None
 
     def add(seen, acts, start, width):
@@ -144,7 +149,8 @@ def observed_prefill(
         return observer.add(seen, acts, places[None, :] < prompts.lengths[:, None])
 
     seen = observer.first(prompts)
-    cache, seen = _read(model, params, prompts.tokens, cache, prompts.lengths.max(), attend, seen, add, observer.of)
+    longest, inserted = prompts.lengths.max(), prompts.inserted
+    cache, seen = _read(model, params, prompts.tokens, cache, longest, attend, inserted, seen, add, observer.of)
     return commit(cache, None, prompts.lengths - 1), seen
 
 
@@ -167,6 +173,7 @@ def read_tokens(
     cache: KVCache,
     longest: jax.Array | int,
     attend: Attend = dense_attend,
+    inserted: Inserted | None = None,
 ) -> KVCache:
     """Writes the keys and values of tokens behind each row's length; the lengths stay.
 
@@ -177,8 +184,9 @@ def read_tokens(
         cache: the cache before them.
         longest: i32[], how many of the P tokens are wanted, from the first on.
         attend: the attention policy; it gets `CHUNK` tokens at a time, and no context.
+        inserted: embeddings that stand in place of some of the tokens.
     """
-    return _read(model, params, tokens, cache, longest, attend)[0]
+    return _read(model, params, tokens, cache, longest, attend, inserted)[0]
 
 
 def _read(
@@ -188,13 +196,14 @@ def _read(
     cache: KVCache,
     longest: jax.Array | int,
     attend: Attend,
+    inserted: Inserted | None = None,
     seen: Any = None,
     add: Callable[[Any, Any, jax.Array | int, int], Any] | None = None,
     of: str | None = None,
 ) -> tuple[KVCache, Any]:
     """Does what `read_tokens` says, and lets `add(seen, acts, place of the first token, T)` see `of` what is read."""
     if tokens.shape[1] <= CHUNK:
-        cache, acts = _fill(model, params, tokens, cache, attend, of)
+        cache, acts = _fill(model, params, tokens, cache, attend, inserted, of)
         return cache, seen if add is None else add(seen, acts, 0, tokens.shape[1])
     num_chunks = (longest + CHUNK - 1) // CHUNK
     length = cache.length
@@ -203,7 +212,7 @@ def _read(
         cache, seen = carry
         chunk = jax.lax.dynamic_slice_in_dim(tokens, index * CHUNK, CHUNK, axis=1)
         before = cache.replace(length=length + index * CHUNK)
-        cache, acts = _fill(model, params, chunk, before, attend, of)
+        cache, acts = _fill(model, params, chunk, before, attend, inserted, of)
         return cache, seen if add is None else add(seen, acts, index * CHUNK, CHUNK)
 
     cache, seen = jax.lax.fori_loop(0, num_chunks, fill_chunk, (cache, seen))
@@ -211,7 +220,13 @@ def _read(
 
 
 def _fill(
-    model: Decoder, params: Any, tokens: jax.Array, cache: KVCache, attend: Attend, of: str | None
+    model: Decoder,
+    params: Any,
+    tokens: jax.Array,
+    cache: KVCache,
+    attend: Attend,
+    inserted: Inserted | None,
+    of: str | None,
 ) -> tuple[KVCache, Any]:
     """Runs the blocks on tokens i32[B, T].
 
@@ -221,7 +236,8 @@ def _fill(
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1])[None, :]
 
     def blocks(module, tokens):
-        x, _, cache_, _ = module.layers(module.embed(tokens, positions), positions, cache, attend)
+        read = (tokens, positions) if inserted is None else inserted.at(tokens, positions)
+        x, _, cache_, _ = module.layers(module.embed(*read), positions, cache, attend)
         return cache_, x if of == "hidden" else None
 
     if of != "inner":

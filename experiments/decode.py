@@ -20,6 +20,8 @@ from experiments.runtime import run_main, setup_runtime
 from experiments.timed import TimedDecode
 from models.errors import InputError, unknown_name
 
+CONTEXT = "<context>"  # stands in a prompt where its context is to stand; in front where it does not
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings:
@@ -55,6 +57,9 @@ class DecodeConfig:
     prompts: Path | None = None  # a JSON Lines file whose objects have a "prompt"; they come behind those of the flag
     chat: bool = True  # put prompts through the model's chat template, where it has one
     adapter: Path | None = None  # an adapter that experiments.train saved for this model; merged into it
+    dolphin: Path | None = None  # a trained pair (experiments.train with `dolphin`): `model` reads memory of contexts
+    compressor: str = "smollm2-135m-instruct"  # what makes that memory, by name or path
+    contexts: tuple[str, ...] = ()  # with dolphin: one for all prompts, or one for each; see CONTEXT for its place
     method: str = "greedy"  # a decoding method
     draft: str | None = None  # the model that drafts, by name or path, for methods that draft with a second one
     head: Path | None = None  # a trained head, for methods that use one (experiments.train_{acceptance,draft}_head)
@@ -73,6 +78,10 @@ class DecodeConfig:
             raise ValueError("batch_size and max_new_tokens must be at least 1")
         if self.stream and (self.batch_size > 1 or self.output == "json"):
             raise ValueError("stream needs batch_size 1 and output text")
+        if (self.dolphin is None) != (not self.contexts):
+            raise ValueError("dolphin and contexts go together: name the pair's file, and at least one context")
+        if self.dolphin is not None and self.adapter is not None:
+            raise ValueError("a pair brings its own adapter: leave out adapter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +133,16 @@ def _read_lines(path: Path) -> Iterator[str]:
         yield prompt
 
 
+def with_contexts(config: DecodeConfig, prompts: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Returns each prompt with its context; raises InputError where they are not as many as prompts, or one."""
+    if not config.contexts:
+        return [(prompt, None) for prompt in prompts]
+    given = config.contexts * (len(prompts) if len(config.contexts) == 1 else 1)
+    if len(given) != len(prompts):
+        raise InputError(f"contexts must be one, or one for each of {len(prompts)} prompts; got {len(given)}")
+    return list(zip(prompts, given, strict=True))
+
+
 def check_method(config: DecodeConfig) -> None:
     """Raises InputError where the method is unknown, or does not go with what else is set."""
     from decoding import METHODS
@@ -170,6 +189,9 @@ class Runner:
         loader = Loader(config.dtype)
         if config.adapter is not None:
             loader.adapt(config.model, config.adapter)
+        self.reader = None
+        if config.dolphin is not None:
+            self.reader = loader.pair(config.model, config.compressor, config.dolphin)
         self.decode_fn, params, self.tokenizer = loader.decode_fn(
             config.model,
             config.method,
@@ -197,20 +219,40 @@ class Runner:
 
     def encode(self, prompt: str) -> list[int]:
         """Returns the ids of a prompt, through the chat template where there is one and the config wants it."""
+        if self.reader is not None:
+            return self._encode_around(prompt)
         if self.config.chat and self.tokenizer.chat_template is not None:
             return self.tokenizer.encode_chat(prompt)
         return self.tokenizer.encode(prompt)
 
+    def _encode_around(self, prompt: str) -> list[int]:
+        """Returns the ids of a prompt with a place for its context: inside the user's turn, where there is one."""
+        from decoding.contexts import encode_with_slot
+
+        text = prompt if CONTEXT in prompt else CONTEXT + prompt
+        is_chat = self.config.chat and self.tokenizer.chat_template is not None
+        text = self.tokenizer.chat(text) if is_chat else text
+        return encode_with_slot(self.tokenizer, text, CONTEXT, add_special=not is_chat)
+
     def decode(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Record]:
-        """Decodes one batch; with `stream` its text is printed as it is made."""
+        """Decodes one batch, contexts of the config beside it; with `stream` its text is printed as it is made."""
+        told = with_contexts(self.config, prompts)
+        return self.decode_told(told, seeds)
+
+    def decode_told(self, told: Sequence[tuple[str, str | None]], seeds: Sequence[int]) -> list[Record]:
+        """Decodes one batch of prompts, each with its context or None."""
+        prompts = [prompt for prompt, _ in told]
         settings = {k: v for k, v in dataclasses.asdict(self.config.sampling).items() if v is not None}
         ids = [self.encode(prompt) for prompt in prompts]
-        inputs = self.decode_fn.inputs(ids, seeds, grammars=self.grammar, **settings)
+        inputs = self.decode_fn.inputs(ids, seeds, grammars=self.grammar, contexts=self._contexts(told), **settings)
         state, taken = self.timed(inputs, self._stream if self.config.stream else None)
         seconds = {"load": self.load_seconds, **taken._asdict()}
         found = self.decode_fn.output(state).found
         records = [self._record(row, prompt, ids[row], state, seconds) for row, prompt in enumerate(prompts)]
         return [dataclasses.replace(r, found=self._found(found, row)) for row, r in enumerate(records)]
+
+    def _contexts(self, told: Sequence[tuple[str, str | None]]) -> list[list[int]] | None:
+        return None if self.reader is None else [self.reader.encode(context or "") for _, context in told]
 
     def _found(self, found: Any, row: int) -> list[dict[str, Any]]:
         """Returns text and score of each text that a search has found for a row; none where it was no search."""
@@ -266,6 +308,7 @@ def main() -> None:
     """Loads the config and the model, decodes every prompt, prints and saves."""
     config = load_config(DecodeConfig, prog="python -m experiments.decode", description=(__doc__ or "").split("\n")[0])
     prompts = read_prompts(config)
+    told = with_contexts(config, prompts)
     setup_runtime()
     runner = Runner(config)
     records = []
@@ -274,7 +317,9 @@ def main() -> None:
             batch = prompts[start : start + config.batch_size]
             if config.stream:
                 print(f"\n>>> {batch[0]}")
-            for record in runner.decode(batch, [config.seed + start + i for i in range(len(batch))]):
+            for record in runner.decode_told(
+                told[start : start + config.batch_size], [config.seed + start + i for i in range(len(batch))]
+            ):
                 records.append(record)
                 write(record)
                 if config.output == "json":

@@ -34,6 +34,23 @@ class Loader:
         model, params, tokenizer = self.model(name)
         self._models[name] = model, with_adapter(adapter, name, params), tokenizer
 
+    def pair(self, name: str, compressor: str, file: Path) -> Any:
+        """Puts a trained pair's compressor before a model; returns the compressor's tokenizer.
+
+        Raises:
+            InputError: the pair was made of other models, or the compressor has no tokenizer.
+        """
+        from finetune.adapters.saved import base_of
+        from finetune.saved_dolphin import Bases, load_dolphin
+
+        main, main_params, tokenizer = self.model(name)
+        small, small_params, reader = self.model(compressor)
+        if reader is None:
+            raise InputError(f"{compressor} has no tokenizer.json: put the model's tokenizer.json into the folder")
+        bases = Bases(base_of(compressor, small_params), base_of(name, main_params))
+        self._models[name] = *load_dolphin(file, bases, (small, small_params), (main, main_params)), tokenizer
+        return reader
+
     def rounded(self, name: str) -> str:
         """Returns the name of a copy of a model whose weights are rounded to 8 bits: a draft that is often right."""
         import jax

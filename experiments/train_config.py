@@ -4,12 +4,14 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from experiments.train_dolphin import DolphinTraining
 from finetune.adapters import AdapterConfig, LoraConfig
-from finetune.data import DataConfig, GeneratedData
+from finetune.data_configs import DataConfig, GeneratedData
 from finetune.distributed import DistributedConfig
 from finetune.objective_configs import CrossEntropyConfig, ObjectiveConfig
 from finetune.optimizers import OptimizerConfig
 from models.growth import GrowthConfig
+from models.joined import JoinConfig
 from models.scratch import ScratchConfig
 from models.sharding import MeshConfig
 
@@ -59,6 +61,7 @@ class TrainConfig:
     model: str = "smollm2-135m-instruct"  # a registry name, a .gguf file, or a model folder
     scratch: ScratchConfig | None = None  # a new model of this shape in place of `model`
     growth: GrowthConfig | None = None  # makes `model` deeper, or its context longer, before it is trained
+    join: JoinConfig | None = None  # an encoder in front of `model`, which stays as it is: only what is new is trained
     dtype: Literal["float32", "bfloat16"] | None = None  # of the frozen model; None: as stored (GGUF: float32)
     adapter: AdapterConfig | None = LoraConfig()  # what is trained; null: every parameter
     data: DataConfig = GeneratedData()
@@ -68,7 +71,9 @@ class TrainConfig:
     batch_size: int = 8  # rows of an update, over all devices and micro-batches
     accumulate: int = 1  # micro-batches of an update
     length: int = 128  # tokens of a row
-    packing: bool = True  # several texts in a row; false: one text in a row, padded
+    dolphin: DolphinTraining | None = None  # a compressor of contexts that is trained before `model`
+    source_length: int | None = None  # tokens that an encoder reads beside a row, at most; null: as many as `length`
+    packing: bool = True  # several texts in a row; false: one text in a row, padded (as an encoder needs it)
     remat: bool = False  # compute blocks again in the backward pass: less memory, a third more work
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
@@ -86,8 +91,14 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.length < 2:
             raise ValueError(f"length must be at least 2, got {self.length}")
+        if self.source_length is not None and self.source_length < 1:
+            raise ValueError(f"source_length must be at least 1 (or null for `length`), got {self.source_length}")
         if self.scratch is not None and self.adapter is not None:
             raise ValueError("a new model (scratch) is trained whole: set adapter to null")
+        if self.join is not None and (self.scratch is not None or self.adapter is not None):
+            raise ValueError("join is of two trained models (scratch: null), and trains the encoder (adapter: null)")
+        if self.dolphin is not None and self.adapter is not None and self.adapter.type != "lora":
+            raise ValueError("a pair of decoders (dolphin) is trained with the adapter lora, or whole (adapter: null)")
         if self.growth is not None and (self.scratch is not None or self.adapter is not None):
             raise ValueError(
                 "growth is of a trained model (scratch: null), and of what is trained whole (adapter: null)"

@@ -12,7 +12,7 @@ from finetune.corpus import exact_match
 from finetune.run_log import RunLog
 from finetune.state import Batch, Constants, TrainState
 from finetune.trainer import make_eval_step
-from models.decoder import Decoder
+from models.encoder_decoder import network
 
 if TYPE_CHECKING:
     from experiments.training import Run
@@ -33,7 +33,7 @@ class CompiledStep:
 
     def compiled(self, state: TrainState, constants: Constants, batch: Batch) -> Any:
         """Returns the executable for a batch of this shape."""
-        shape = batch.tokens.shape
+        shape = tuple(value.shape for value in jax.tree.leaves(batch))
         if shape not in self._compiled:
             begin = time.perf_counter()
             self._compiled[shape] = self._step.lower(state, constants, batch).compile()
@@ -141,9 +141,11 @@ class Evaluator:
 
         run, settings = self._run, self._settings
         if self._decode is None:
-            model, stops = Decoder(run.model.config), run.tokenizer.stop_ids
+            model, stops = network(run.model.config), run.tokenizer.stop_ids
             self._decode = make_decode_fn(model, "greedy", max_new_tokens=settings.max_new_tokens, stop_tokens=stops)
         params = run.method.attach(run.constants.base, run.constants.frozen, trainable)
-        out = self._decode(params, [question.tokens for question in self._questions])
+        contexts = [question.context for question in self._questions]
+        read = {} if None in contexts else {"contexts": contexts}
+        out = self._decode(params, [question.tokens for question in self._questions], **read)
         tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
         return [run.tokenizer.decode(row[:length]) for row, length in zip(tokens, lengths, strict=True)]

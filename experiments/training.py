@@ -19,9 +19,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from experiments.base_model import Base, load_base, objective_of, pairs_of
 from experiments.config import dump_config, save_config
+from experiments.joining import encoder_tuning
 from experiments.kept import locked
 from experiments.train_config import TrainConfig
+from experiments.train_dolphin import save_pair
 from experiments.train_report import CompiledStep, Evaluator, Figures, Reporter
 from finetune import state as states
 from finetune.adapters import make_adapter
@@ -32,28 +35,18 @@ from finetune.checkpoints import Checkpoints
 from finetune.data import TrainingData, read_data
 from finetune.distributed import check_rows, global_batch, is_main, on_main, row_share
 from finetune.emo import EmoConfig, cosine_spread
-from finetune.objective_configs import DistillationConfig, make_objective
-from finetune.objectives import Objective
+from finetune.objectives import BatchObjective, Objective
 from finetune.optimizers import learning_rate, make_optimizer
 from finetune.packing import Batches
 from finetune.rows import Rows
 from finetune.run_log import RunLog
 from finetune.state import Batch, Constants, Method, TrainState
 from finetune.trainer import Hook, NotFinite, make_train_step, train
-from models.decoder import Decoder
+from models.dolphin import PARTS
+from models.encoder_decoder import Network, network
 from models.errors import InputError
-from models.growth import grow
 from models.sharding import build, make_mesh, place
 from models.weights.tokenizer import Tokenizer
-
-
-class Base(NamedTuple):
-    """The model that a run starts from; `name` is what an adapter of it will say that it belongs to."""
-
-    name: str
-    model: Decoder
-    params: Any
-    tokenizer: Tokenizer
 
 
 class Run(NamedTuple):
@@ -64,7 +57,7 @@ class Run(NamedTuple):
     """
 
     name: str
-    model: Decoder
+    model: Network
     tokenizer: Tokenizer
     belongs_to: Any
     mesh: Mesh
@@ -72,46 +65,10 @@ class Run(NamedTuple):
     batches: Batches
     held_out: tuple[Batch, ...]
     method: Method
-    objective: Objective
+    objective: Objective | BatchObjective
     constants: Constants
     state: TrainState
     step: Callable
-
-
-def scratch_tokenizer(name: str) -> Tokenizer:
-    """Returns the tokenizer of a new model: `bytes`, `stories`, `othello`, or the one of a model (a name or a path)."""
-    from finetune.othello import othello_tokenizer
-    from finetune.stories import story_tokenizer
-    from models.weights.byte_tokenizer import byte_tokenizer
-    from models.weights.load import load_model
-
-    own = {"bytes": byte_tokenizer, "stories": story_tokenizer, "othello": othello_tokenizer}
-    return own[name]() if name in own else load_model(name).tokenizer
-
-
-def load_base(config: TrainConfig, mesh: Mesh) -> Base:
-    """Loads the model to be trained, or makes a new one, spread over a mesh."""
-    from models.encoder_decoder import decoder_only
-    from models.scratch import scratch_model
-    from models.weights.load import load_model
-
-    if config.scratch is None:
-        model, params, tokenizer = load_model(config.model, config.dtype, mesh)
-        if tokenizer is None:
-            raise InputError(f"{config.model} has no tokenizer.json: put the model's tokenizer.json into the folder")
-        decoder_only(model, "training")
-        name = Path(config.model).name
-        if config.growth is not None:
-            model, params = grow(model, params, config.growth)
-    else:
-        shape = config.scratch
-        tokenizer = scratch_tokenizer(shape.tokenizer)
-        model, name = scratch_model(shape, tokenizer.vocab_size), "scratch"
-        key, token = jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32)
-        params = build(lambda: model.init(key, token)["params"], mesh=mesh)
-    if config.length > model.config.max_length:
-        raise InputError(f"length {config.length} is more than the model's context of {model.config.max_length} tokens")
-    return Base(name, Decoder(model.config, remat=config.remat), params, tokenizer)
 
 
 def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
@@ -119,25 +76,30 @@ def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size // config.accumulate, mesh)
     base = load_base(config, mesh)
-    data = read_data(config.data, base.tokenizer, config.length)
+    data = read_data(config.data, base.tokenizer, config.length, pairs_of(config, base.model, base.reader))
     batches, test = _batches(config, data.train, mesh), config.evaluation.batches
     # Held-out rows are read by the micro-batch: what an update can hold, an evaluation can.
     part = dataclasses.replace(config, batch_size=config.batch_size // config.accumulate, accumulate=1)
     held_out = _batches(part, data.test, mesh) if len(data.test) and test else ()
     held_out = tuple(global_batch(held_out(step), mesh) for step in range(min(len(held_out), test)))
-    objective = _objective(config, base, mesh)
+    objective = objective_of(config, base, mesh)
+    if isinstance(objective, BatchObjective):  # it has no loss of a row by itself
+        held_out = ()
     notes = (*data.notes, *_about_costs(config, objective))
     method, frozen, trainable, rebased = _method(config, base, mesh, objective, batches, checkpoints)
     optimizer = make_optimizer(config.optimizer, config.steps, method)
     with jax.numpy_dtype_promotion("standard"):
-        state = build(lambda trainable: states.new_state(trainable, optimizer), trainable, mesh=mesh)
+        own = _own_state(objective, method, (rebased(frozen), frozen, trainable), mesh)
+        state = build(lambda trainable, own: states.new_state(trainable, optimizer, own), trainable, own, mesh=mesh)
     if checkpoints is not None and checkpoints.latest() is not None:
         notes += _check_same(config, batches, checkpoints.facts())
         state, frozen, _ = checkpoints.restore(state, frozen)
     schedule = learning_rate(config.optimizer, config.steps)
     step = make_train_step(base.model, objective, method, optimizer, schedule, mesh)
     constants = Constants(rebased(frozen), frozen, objective.constants)
-    belongs_to = None if config.adapter is None else base_of(base.name, base.params)
+    belongs_to = base.bases
+    if config.adapter is not None and belongs_to is None:
+        belongs_to = base_of(base.name, base.params)
     return Run(
         base.name,
         base.model,
@@ -155,6 +117,13 @@ def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
     )
 
 
+def _own_state(objective: Objective | BatchObjective, method: Method, parts: tuple[Any, Any, Any], mesh: Mesh) -> Any:
+    """Returns what an objective carries from update to update, before the first; `parts` make the parameters."""
+    if not isinstance(objective, BatchObjective):
+        return {}
+    return build(lambda *parts: objective.start(method.attach(*parts)), *parts, mesh=mesh)
+
+
 def _batches(config: TrainConfig, rows: Rows, mesh: Mesh) -> Batches:
     index, processes = row_share(mesh)
     return Batches(
@@ -169,22 +138,6 @@ def _batches(config: TrainConfig, rows: Rows, mesh: Mesh) -> Batches:
     )
 
 
-def _objective(config: TrainConfig, base: Base, mesh: Mesh) -> Objective:
-    from models.encoder_decoder import decoder_only
-    from models.weights.load import load_model
-
-    teacher = None
-    if isinstance(config.objective, DistillationConfig):
-        *teacher, tokenizer = load_model(config.objective.teacher, config.dtype, mesh)
-        if tokenizer is None or tokenizer.backend.get_vocab() != base.tokenizer.backend.get_vocab():
-            raise InputError(
-                f"the teacher {config.objective.teacher} reads other tokens than the model {base.name}: take a teacher "
-                "with the same tokenizer"
-            )
-        decoder_only(teacher[0], "distillation")
-    return make_objective(config.objective, base.model, base.params, base.tokenizer.vocab_size, teacher)
-
-
 def _about_costs(config: TrainConfig, objective: Objective) -> tuple[str, ...]:
     """Returns how far EMO's costs tell tokens apart; nothing for other objectives."""
     if not isinstance(config.objective, EmoConfig):
@@ -197,6 +150,8 @@ def _method(
     config: TrainConfig, base: Base, mesh: Any, objective: Objective, batches: Batches, checkpoints: Checkpoints | None
 ) -> tuple[Method, Values, Any, Callable[[Values], Any]]:
     """Returns (method, frozen, trainable, function from frozen values to the parameters that stay)."""
+    if config.join is not None:
+        return encoder_tuning(base.params, mesh)
     if config.adapter is None:
         dtypes = jax.tree.map(lambda value: value.dtype, base.params)
         trainable = jax.tree.map(lambda value: jnp.array(value, jnp.float32), base.params)
@@ -205,12 +160,18 @@ def _method(
     kernels = select(base.params, config.adapter.targets)
     gradients = None
     if adapter.needs_gradients:
+        if isinstance(objective, BatchObjective):
+            raise InputError(f"{config.adapter.type} starts from gradients of tokens' losses: take another adapter")
         resumed = checkpoints is not None and checkpoints.latest() is not None
         # What a run goes on with is in its checkpoint; until that is read, anything of the right shape will do.
         gradients = kernels if resumed else _gradients(base, mesh, objective, kernels, batches, config)
     frozen, trainable = adapter.init(jax.random.key(config.seed), kernels, gradients)
     frozen, trainable = place(frozen, mesh), place(trainable, mesh)
-    return states.adapter_tuning(adapter), frozen, trainable, lambda frozen: rebase(adapter, base.params, frozen)
+    method = states.adapter_tuning(adapter)
+    if config.dolphin is not None:
+        whole = {name: jax.tree.map(lambda x: jnp.array(x, jnp.float32), base.params[name]) for name in PARTS}
+        method, trainable = states.with_whole(method, PARTS), {"adapter": trainable, "whole": whole}
+    return method, frozen, trainable, lambda frozen: rebase(adapter, base.params, frozen)
 
 
 def _gradients(base: Base, mesh: Any, objective: Objective, kernels: Any, batches: Batches, config: TrainConfig) -> Any:
@@ -220,8 +181,8 @@ def _gradients(base: Base, mesh: Any, objective: Objective, kernels: Any, batche
 
 # What decides where a run comes out; the rest of a config, and the learning rate, may change when it goes on.
 _DECIDES = (
-    *("model", "scratch", "growth", "dtype", "adapter", "data", "objective", "optimizer"),
-    *("batch_size", "length", "packing"),
+    *("model", "scratch", "growth", "join", "dtype", "adapter", "data", "objective", "optimizer"),
+    *("dolphin", "batch_size", "length", "source_length", "packing"),
 )
 
 
@@ -318,7 +279,9 @@ def _train(config: TrainConfig, run: Run, checkpoints: Checkpoints, log: RunLog)
         reporter.skip()
 
     def batch(step: int) -> Batch:
-        return global_batch(run.batches(step), run.mesh)
+        made = run.batches(step)
+        made = run.objective.prepare(made, step) if isinstance(run.objective, BatchObjective) else made
+        return global_batch(made, run.mesh)
 
     if int(run.state.step) >= config.steps:  # a run that was over already
         reporter.figures |= evaluate(run.state.trainable)
@@ -351,8 +314,11 @@ def _save_trained(config: TrainConfig, run: Run, state: TrainState) -> None:
     from models.weights.orbax import save_model
 
     frozen, trainable = run.method.finish(run.constants.frozen, state.trainable)
+    if config.dolphin is not None:
+        save_pair(config, run, frozen, trainable)
+        return
     if config.adapter is not None:
         save_adapter(config.run_dir / "adapter", config.adapter, frozen, trainable, run.belongs_to)
         return
-    params = run.method.merge({}, {}, trainable)
-    save_model(config.run_dir / "model", Decoder(run.model.config), params, run.tokenizer, replace=True)
+    params = run.method.merge(run.constants.base, {}, trainable)
+    save_model(config.run_dir / "model", network(run.model.config), params, run.tokenizer, replace=True)

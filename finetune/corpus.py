@@ -17,11 +17,14 @@ _TEST_SHARE = 8  # one question of so many is for testing
 
 
 class Example(NamedTuple):
-    """A prompt and what is to follow it; `task` is the name of what wrote it, "" where nothing did."""
+    """A prompt and what is to follow it; `task` is the name of what wrote it, "" where nothing did. `context` is what
+    both are about, for models that read it apart; "" where there is none.
+    """
 
     prompt: str
     completion: str
     task: str = ""
+    context: str = ""
 
 
 def _word(rng: random.Random, shortest: int, longest: int, letters: str = string.ascii_lowercase) -> str:

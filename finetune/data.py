@@ -5,123 +5,51 @@ rows are read before the first update. Where no test split is named, one is take
 what is in them, so that equal rows are never on both sides and the order of a file does not matter.
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from finetune.corpus import TASKS, Example, generate
+from decoding.contexts import SLOT
+from finetune.code_pairs import code_pairs
+from finetune.corpus import Example, generate
+from finetune.data_configs import (
+    CodeData,
+    DataConfig,
+    FactsData,
+    GeneratedData,
+    OthelloData,
+    RecallData,
+    RecordsData,
+    StoriesData,
+)
+from finetune.facts import fact_examples
+from finetune.library_code import library_pairs
 from finetune.othello import games
 from finetune.recall import recall_examples
-from finetune.rows import Row, Rows, as_chat, encode, fit
+from finetune.records import record_examples
+from finetune.rows import Compressed, Pairs, Row, Rows, as_chat, encode, fit, pair, with_context
 from finetune.sources import FileData, HubData, Item, Placed, read_source
 from finetune.stories import stories
 from models.errors import InputError
 from models.weights.tokenizer import Tokenizer
 
-
-@dataclasses.dataclass(frozen=True)
-class GeneratedData:
-    """Tasks that code writes (`finetune.corpus`).
-
-    Attributes:
-        tasks: which, in turn.
-        size: examples to train on.
-        test_size: examples to test on; their questions are never among the former.
-        seed: of the examples.
-        chat: whether they become turns of the tokenizer's chat template.
-    """
-
-    type: Literal["generated"] = "generated"
-    tasks: tuple[str, ...] = tuple(TASKS)
-    size: int = 20_000
-    test_size: int = 500
-    seed: int = 0
-    chat: bool = False
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.test_size < 0:
-            raise InputError(f"size must be at least 1 and test_size at least 0, got {self.size} and {self.test_size}")
+Beside = Pairs | Compressed
 
 
-@dataclasses.dataclass(frozen=True)
-class StoriesData:
-    """Stories that code writes, of a known law (`finetune.stories`); for models with the tokenizer `stories`.
-
-    Attributes:
-        size: stories to train on.
-        test_size: stories to test on.
-        words: words of a story, each of which is a token.
-        domains: whose laws, in turn.
-        seed: of the stories.
-    """
-
-    type: Literal["stories"] = "stories"
-    size: int = 2000
-    test_size: int = 100
-    words: int = 128
-    domains: tuple[int, ...] = (0,)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.test_size < 0 or self.words < 2:
-            raise InputError(
-                f"size must be at least 1, test_size 0 and words 2, got {self.size}, {self.test_size} and {self.words}"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class RecallData:
-    """Facts to be recalled from texts of filler (`finetune.recall`); for models with the tokenizer `stories`.
-
-    Attributes:
-        size: texts to train on, in each of which every fact is asked for.
-        test_size: texts to test on, with one question each.
-        words: of a text, before its questions.
-        facts: of a text.
-        seed: of the texts.
-    """
-
-    type: Literal["recall"] = "recall"
-    size: int = 20_000
-    test_size: int = 200
-    words: int = 64
-    facts: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.test_size < 0 or self.facts < 1 or self.words < 2 * self.facts:
-            raise InputError("size and facts must be at least 1, test_size 0, and words twice the facts")
-
-
-@dataclasses.dataclass(frozen=True)
-class OthelloData:
-    """Random games of Othello (`finetune.othello`); for models with the tokenizer `othello`.
-
-    Attributes:
-        size: games to train on, of about 61 tokens each.
-        test_size: games to test on.
-        seed: of the games.
-    """
-
-    type: Literal["othello"] = "othello"
-    size: int = 20_000
-    test_size: int = 200
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.test_size < 0:
-            raise InputError(f"size must be at least 1 and test_size at least 0, got {self.size} and {self.test_size}")
-
-
-DataConfig = GeneratedData | StoriesData | RecallData | OthelloData | FileData | HubData
+def code_examples(config: CodeData, test: bool) -> list[Example]:
+    """Returns the pairs that a config names, to test or to train on."""
+    size = config.test_size if test else config.size
+    if config.source == "library":
+        return list(library_pairs(test)[:size])
+    return code_pairs(size, config.seed, test)
 
 
 class Question(NamedTuple):
-    """A prompt as the model sees it, and the example that it came from."""
+    """A prompt as the model sees it, the example that it came from, and what a compressor reads beside it."""
 
     tokens: list[int]
     example: Example
+    context: list[int] | None = None
 
 
 class TrainingData(NamedTuple):
@@ -140,28 +68,30 @@ class TrainingData(NamedTuple):
     notes: tuple[str, ...]
 
 
-def read_data(config: DataConfig, tokenizer: Tokenizer, length: int) -> TrainingData:
+def read_data(config: DataConfig, tokenizer: Tokenizer, length: int, pairs: Beside | None = None) -> TrainingData:
     """Reads, encodes and splits what a config names.
 
     Args:
         config: the source.
         tokenizer: of the model to be trained.
         length: most tokens of a row, from 2 up.
+        pairs: of a model with an encoder, which reads prompts and writes completions, or with a compressor, which reads
+            contexts; None: of any other.
 
     Raises:
         InputError: no such task, file, dataset, split or column; a row without the wanted text, named by its number; no
             row left to train on, or none to test on where some were asked for.
     """
     source, train, test, chat = _read(config)
-    train = _encode(train, tokenizer, chat)
+    train = _encode(train, tokenizer, chat, pairs)
     if test is not None:
-        test = _encode(test, tokenizer, chat)
+        test = _encode(test, tokenizer, chat, pairs)
     else:
         train, test = _split(train, config.test_share)
     cut = any(isinstance(item, str) for item, _ in train)
     fitted = []
     for purpose, side in (("train", train), ("test", test)):
-        rows, notes = fit([row for _, row in side], length, cut)
+        rows, notes = fit([row for _, row in side], length, cut, 0 if pairs is None else pairs.source_length)
         if not len(rows) and (side or purpose == "train"):
             raise InputError(
                 f"{source} has no rows to {purpose} on with length {length}: {'; '.join(notes) or 'too few are there'}"
@@ -169,9 +99,10 @@ def read_data(config: DataConfig, tokenizer: Tokenizer, length: int) -> Training
         fitted.append((rows, [f"{purpose}: {note}" for note in notes]))
     (rows, notes), (test_rows, test_notes) = fitted
     questions = (
-        Question(row.tokens[: row.targets.index(True)], item)
+        _question(item, row, pairs)
         for item, row in test
         if isinstance(item, Example) and len(row.tokens) <= length and any(row.targets)
+        if pairs is None or len(row.source) <= pairs.source_length
     )
     return TrainingData(rows, test_rows, tuple(questions), (*notes, *test_notes))
 
@@ -187,23 +118,60 @@ def _read(config: DataConfig) -> tuple[str, Placed, Placed | None, bool]:
         if isinstance(config, RecallData):
             made = recall_examples(size, config.words, config.facts, config.seed, test)
             return [("a text to recall", example) for example in made]
+        if isinstance(config, RecordsData):
+            asked = record_examples(size, config.records, config.tasks, config.seed, test)
+            return [("a question on records", example) for example in asked]
         if isinstance(config, OthelloData):
-            return [("a game", text) for text in games(size, config.seed, test)]
+            return [("a game", text) for text in games(size, config.seed, test, config.turns)]
+        if isinstance(config, CodeData):
+            return [("a function", example) for example in code_examples(config, test)]
+        if isinstance(config, FactsData):
+            made = fact_examples(config.stage, size, config.facts, config.seed, test)
+            return [("a context of facts", example) for example in made]
         return [(example.task, example) for example in generate(config.tasks, size, config.seed, test)]
 
     chat = isinstance(config, GeneratedData) and config.chat
     return f"{config.type} data", side(config.size, False), side(config.test_size, True), chat
 
 
-def _encode(items: Placed, tokenizer: Tokenizer, chat: bool) -> list[tuple[Item, Row]]:
+def _encode(items: Placed, tokenizer: Tokenizer, chat: bool, pairs: Beside | None) -> list[tuple[Item, Row]]:
     encoded = []
     for place, item in items:
         try:
             row = encode(tokenizer, as_chat(item) if chat and isinstance(item, Example) else item)
+            if isinstance(pairs, Compressed):
+                row = _compressed(item, row, pairs, tokenizer)
+            elif isinstance(item, Example) and item.context:
+                raise InputError("these examples are about contexts: train a model with a compressor (set dolphin)")
+            elif pairs is not None:
+                row = _paired(item, row, pairs.start_token)
         except InputError as error:
             raise InputError(f"{place}: {error}") from error
         encoded.append((item, row))
     return encoded
+
+
+def _compressed(item: Item, row: Row, pairs: Compressed, tokenizer: Tokenizer) -> Row:
+    if not isinstance(item, Example) or not item.context:
+        raise InputError("a model with a compressor learns from examples about contexts: take data of type facts")
+    return with_context(row, item.context, pairs, tokenizer.bos_id)
+
+
+def _question(item: Example, row: Row, pairs: Beside | None) -> Question:
+    prompt = row.tokens[: row.targets.index(True)]
+    if not isinstance(pairs, Compressed):
+        return Question(list(row.source) or prompt, item)
+    first = prompt.index(SLOT)
+    return Question([*prompt[: first + 1], *prompt[first + pairs.memory :]], item, list(row.source))
+
+
+def _paired(item: Item, row: Row, start_token: int) -> Row:
+    if isinstance(item, str) or row.targets[:1] == [True]:
+        raise InputError(
+            "a model with an encoder learns to answer what it reads, and here nothing is to be read before the text: "
+            "give prompt and completion, or conversations"
+        )
+    return pair(row, start_token)
 
 
 def _split(rows: Sequence[tuple[Item, Row]], share: float) -> tuple[list[tuple[Item, Row]], list[tuple[Item, Row]]]:

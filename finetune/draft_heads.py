@@ -119,7 +119,7 @@ def index_rows(rows: Rows, chosen: np.ndarray) -> Rows:
         raise InputError("no texts to make batches of")
     index = np.concatenate(spans).astype(np.int32)
     starts = np.cumsum([0, *(len(span) for span in spans)], dtype=np.int64)
-    return Rows(index, rows.targets[index], starts)
+    return Rows(index, rows.targets[index], starts, np.zeros(0, np.int32), np.zeros_like(starts))
 
 
 def filled(batch: Batch, rows: Rows, hidden: dict[int, np.ndarray]) -> HeadBatch:

@@ -14,7 +14,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from finetune.adapters.adapter import Adapter, Values, select
-from models.decoder import Decoder
+from models.encoder_decoder import Network
 from models.errors import InputError
 from models.sharding import AXES, num_row_shards, partition, path_name
 from models.weights.assemble import parameter_shapes
@@ -75,7 +75,7 @@ class DryRun(NamedTuple):
         return sum(part.device_bytes for part in self.parts)
 
 
-def model_shapes(model: Decoder, dtype: str = "float32") -> Any:
+def model_shapes(model: Network, dtype: str = "float32") -> Any:
     """Returns the shapes of a model's parameters, as they are kept in `dtype`."""
     shapes = parameter_shapes(model)
     return unflatten_dict({path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in shapes.items()}, sep="/")

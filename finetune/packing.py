@@ -5,7 +5,9 @@ Each epoch takes every row once, in an order drawn from (seed, epoch). Several r
 lengths alone, so that every epoch has the same number of updates, and the batch of any update can be made without those
 before it: the position in the data is the number of updates made.
 
-Axis letters: A micro-batches of an update, B rows, T tokens of a row.
+Rows that have a source (what an encoder reads) are never packed; each is padded on both sides.
+
+Axis letters: A micro-batches of an update, B rows, T tokens of a row, S tokens of a source.
 """
 
 import hashlib
@@ -14,18 +16,18 @@ from typing import NamedTuple
 import numpy as np
 
 from finetune.rows import Rows
-from finetune.state import Batch
+from finetune.state import Batch, Source
 from models.errors import InputError
 
 _SHORTEST = 16  # the least length that rows are padded to
 
 
 class _Epoch(NamedTuple):
-    """The rows in the order that the plan's places count in, and each update's (length, numbers of its bins)."""
+    """The rows in the order that the plan's places count in, and each update's ((T, S), numbers of its bins)."""
 
     number: int
     order: np.ndarray
-    updates: list[tuple[int, np.ndarray]]
+    updates: list[tuple[tuple[int, int], np.ndarray]]
 
 
 def pack(lengths: np.ndarray, length: int) -> list[list[int]]:
@@ -94,7 +96,8 @@ class Batches:
             process_count: processes that share the batch: each gets the same rows of every micro-batch.
 
         Raises:
-            InputError: no rows, a row that is too long, a batch size that cannot be shared out, or a negative seed.
+            InputError: no rows, a row that is too long, rows with sources that are to be packed, a batch size that
+                cannot be shared out, or a negative seed.
         """
         if not len(rows):
             raise InputError("no rows to make batches of")
@@ -105,16 +108,20 @@ class Batches:
                 f"batch_size {batch_size} must be a multiple of accumulate {accumulate} times the number of processes "
                 f"{process_count}, as every process takes part in every micro-batch"
             )
+        if packing and len(rows.sources):
+            raise InputError("rows that an encoder reads a source of cannot share a packed row: set packing to false")
         if seed < 0:
             raise InputError(f"seed must not be negative, got {seed}")
         self._rows, self._seed, self._size = rows, seed, batch_size
         self._shape, self._process = (accumulate, process_count, -1), process_index
         self._settings = (batch_size, length, packing, seed)
-        self._keys = rows.lengths if packing else padded(rows.lengths, length)  # rows of one key are exchangeable
+        self._span = int(rows.source_lengths.max()) + 1  # keys count T in these, and S beside it
+        self._keys = rows.lengths if packing else self._padded(rows, length)  # rows of one key are exchangeable
         falling = -np.sort(-self._keys)
         self._bins = pack(falling, length) if packing else [[place] for place in range(len(rows))]
         widths = np.full(len(self._bins), length) if packing else falling
-        self._groups = [(int(width), np.flatnonzero(widths == width)) for width in np.unique(widths)]
+        each = [(divmod(int(width), self._span), widths == width) for width in np.unique(widths)]
+        self._groups = [(shape, np.flatnonzero(chosen)) for shape, chosen in each]
         self._count = sum(-(-len(group) // batch_size) for _, group in self._groups)
         self._epoch = self._plan(0)
 
@@ -126,9 +133,9 @@ class Batches:
         number, index = divmod(step, self._count)
         if number != self._epoch.number:
             self._epoch = self._plan(number)
-        width, bins = self._epoch.updates[index]
+        widths, bins = self._epoch.updates[index]
         bins = np.pad(bins, (0, self._size - len(bins)), constant_values=-1)
-        return self._fill(bins.reshape(self._shape)[:, self._process], width)
+        return self._fill(bins.reshape(self._shape)[:, self._process], *widths)
 
     @property
     def fingerprint(self) -> str:
@@ -137,7 +144,9 @@ class Batches:
         Micro-batches and processes only share the same rows out, so a run may go on with other numbers of them.
         """
         digest = hashlib.sha256(repr(self._settings).encode())
-        for values in (self._rows.tokens, self._rows.targets, self._rows.starts):
+        rows = self._rows
+        sources = (rows.sources, rows.source_starts) if len(rows.sources) else ()
+        for values in (rows.tokens, rows.targets, rows.starts, *sources):
             digest.update(values.tobytes())
         return digest.hexdigest()
 
@@ -151,7 +160,12 @@ class Batches:
             updates += [(width, shuffled[start : start + self._size]) for start in range(0, len(group), self._size)]
         return _Epoch(number, order, [updates[index] for index in rng.permutation(len(updates))])
 
-    def _fill(self, bins: np.ndarray, width: int) -> Batch:
+    def _padded(self, rows: Rows, length: int) -> np.ndarray:
+        """Returns T * span + S of each row, the lengths that it is padded to."""
+        widths = padded(rows.lengths, length)
+        return widths * self._span + (padded(rows.source_lengths, self._span - 1) if self._span > 1 else 0)
+
+    def _fill(self, bins: np.ndarray, width: int, source_width: int) -> Batch:
         """Returns the batch of these bins, [A, B]; -1 is an empty row."""
         tokens, segments, positions = (np.zeros((*bins.shape, width), np.int32) for _ in range(3))
         targets = np.zeros((*bins.shape, width), bool)
@@ -166,4 +180,15 @@ class Batches:
                 segments[where][target] = segment
                 positions[where][target] = np.arange(target.stop - end)
                 end = target.stop
-        return Batch(tokens, targets, segments, positions)
+        source = self._sources(bins, source_width) if source_width else None
+        return Batch(tokens, targets, segments, positions, source)
+
+    def _sources(self, bins: np.ndarray, width: int) -> Source:
+        """Returns what an encoder reads of these bins, each of which has one row."""
+        tokens, lengths = np.zeros((*bins.shape, width), np.int32), np.zeros(bins.shape, np.int32)
+        for where in zip(*np.nonzero(bins >= 0), strict=True):
+            row = self._epoch.order[self._bins[bins[where]][0]]
+            lengths[where] = self._rows.source_lengths[row]
+            first = self._rows.source_starts[row]
+            tokens[where][: lengths[where]] = self._rows.sources[first : first + lengths[where]]
+        return Source(tokens, lengths)

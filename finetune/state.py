@@ -10,9 +10,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from finetune.adapters import adapter as adapters
 from finetune.adapters.adapter import Adapter
+
+
+class Source(NamedTuple):
+    """The texts that an encoder reads: tokens i32[A, B, S], 0 from `lengths` on, and lengths i32[A, B]."""
+
+    tokens: jax.Array
+    lengths: jax.Array
 
 
 @struct.dataclass
@@ -24,12 +32,14 @@ class Batch:
         targets: bool[A, B, T]: whether a token is to be predicted from the ones before it in its text.
         segments: i32[A, B, T]: which text of the row a token belongs to, counted from 1; 0 is padding, at the end.
         positions: i32[A, B, T]: a token's place in its text.
+        source: what an encoder reads of each row, which is then one text; None: nothing.
     """
 
     tokens: jax.Array
     targets: jax.Array
     segments: jax.Array
     positions: jax.Array
+    source: Source | None = None
 
 
 @struct.dataclass
@@ -40,11 +50,13 @@ class TrainState:
         step: i32[], updates made.
         trainable: the trained values, float32: an adapter's, or a whole model's parameters.
         opt_state: the optimiser's.
+        own: the objective's own (`finetune.objectives.BatchObjective`); {}: it has none.
     """
 
     step: jax.Array
     trainable: Any
     opt_state: Any
+    own: Any = struct.field(default_factory=dict)
 
 
 class Constants(NamedTuple):
@@ -84,6 +96,20 @@ def full_tuning(dtypes: Any) -> Method:
     return Method(attach, attach, lambda inner, steps: inner)
 
 
+def part_tuning(dtypes: Any) -> Method:
+    """Trains some of the parameters, in float32; all others are the base, and stay as they are.
+
+    Args:
+        dtypes: of the trained ones, a tree: the model runs with them in these.
+    """
+
+    def attach(base, frozen, trainable):
+        cast = jax.tree.map(lambda value, dtype: value.astype(dtype), trainable, dtypes)
+        return unflatten_dict({**flatten_dict(base), **flatten_dict(cast)})
+
+    return Method(attach, attach, lambda inner, steps: inner)
+
+
 def adapter_tuning(adapter: Adapter) -> Method:
     """Trains an adapter's values alone."""
 
@@ -96,6 +122,28 @@ def adapter_tuning(adapter: Adapter) -> Method:
     return Method(attach, merge, adapter.hook, adapter.no_decay, adapter.finish, adapter.moved)
 
 
-def new_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first update."""
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+def with_whole(inner: Method, parts: tuple[str, ...]) -> Method:
+    """Trains an adapter's values and, beside them, whole entries of the parameters: {"adapter": ..., "whole": ...}.
+
+    Args:
+        inner: of an adapter without a hook of the optimiser.
+        parts: names at the top of the tree of parameters.
+    """
+
+    def given(base, trainable):
+        new = {name: jax.tree.map(lambda x, like: x.astype(like.dtype), trainable["whole"][name], base[name])
+               for name in parts}  # fmt: skip
+        return {**base, **new}
+
+    def attach(base, frozen, trainable):
+        return inner.attach(given(base, trainable), frozen, trainable["adapter"])
+
+    def merge(base, frozen, trainable):
+        return inner.merge(given(base, trainable), frozen, trainable["adapter"])
+
+    return Method(attach, merge, lambda optimizer, steps: optimizer, inner.no_decay)
+
+
+def new_state(trainable: Any, optimizer: optax.GradientTransformation, own: Any = None) -> TrainState:
+    """Returns the state before the first update; `own` is the objective's, None where it has none."""
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), {} if own is None else own)

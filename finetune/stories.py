@@ -119,7 +119,10 @@ def properties() -> tuple[str, ...]:
 
 
 def story_properties(words: Sequence[str], domain: int) -> np.ndarray:
-    """Returns bool[T, P]: which `properties` hold behind each word of a story that the domain's law could write."""
+    """Returns bool[T, P]: which `properties` hold behind each word of a story that the domain's law could write.
+
+    The first of them, as many as there are words, are the words.
+    """
     numbers = {name: number for number, name in enumerate(properties())}
     held, state = np.zeros((len(words), len(numbers)), bool), State()
     for row, word in zip(held, words, strict=True):
@@ -133,6 +136,22 @@ def names_and_things() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...
     """Returns (names, things, other words without "the") of the vocabulary, for texts of another law."""
     things = tuple(itertools.chain.from_iterable(_OBJECTS.values()))
     return _SHE + _HE, things, _PLACES + _OPENERS + _LINKS + tuple(_KINDS)
+
+
+class RecordWords(NamedTuple):
+    """Words to make sentences of; verbs, adjectives and objects by the kind of thing that they go with."""
+
+    names: tuple[str, ...]
+    verbs: Mapping[str, tuple[str, ...]]
+    adjectives: Mapping[str, tuple[str, ...]]
+    objects: Mapping[str, tuple[str, ...]]
+    links: tuple[str, ...]
+    places: tuple[str, ...]
+
+
+def record_words() -> RecordWords:
+    """Returns words of the vocabulary, for texts of another law."""
+    return RecordWords(_SHE + _HE, _VERBS, _ADJECTIVES, _OBJECTS, _LINKS, _PLACES)
 
 
 def write(words: int, domain: int, seed: str) -> str:

@@ -13,37 +13,19 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from finetune.objectives import Objective
+from finetune.objectives import BatchObjective, Objective
+from finetune.reading import read_batch
 from finetune.state import Batch, Constants, Method, TrainState
-from models.attention import segment_attend
-from models.decoder import Decoder
-from models.encoder_decoder import decoder_only
+from models.encoder_decoder import Network, writing_stack
 from models.errors import InputError
-from models.moe import ROUTING
-from models.router_losses import router_losses
-from models.sharding import keep_rows, keep_split, num_row_shards
+from models.sharding import keep_split, num_row_shards
 
 Metrics = dict[str, jax.Array]
 LOSS_CHUNK = 256  # tokens whose logits exist at a time
 
 
-def features(
-    model: Decoder, tokens: jax.Array, positions: jax.Array, segments: jax.Array, mesh: Mesh | None = None
-) -> jax.Array:
-    """Runs a model's layers over packed rows: i32[B, T] each to [B, T, D], ready for `Decoder.unembed`."""
-    x = keep_rows(model.embed(tokens, positions), mesh)
-    return model.layers(x, positions, attend=segment_attend, ctx=segments)[0]
-
-
-def _features(model: Decoder, params: Any, batch: Batch, mesh: Mesh | None) -> tuple[jax.Array, Metrics]:
-    """Returns `features` of a micro-batch, and the losses of the model's routers, if it has any."""
-    inputs = (batch.tokens, batch.positions, batch.segments, mesh)
-    x, left = model.apply({"params": params}, *inputs, method=features, mutable=[ROUTING])
-    return x, router_losses(model.config, left.get(ROUTING, {}), batch.segments > 0)
-
-
 def summed_loss(
-    model: Decoder,
+    model: Network,
     objective: Objective,
     params: Any,
     constants: Any,
@@ -67,8 +49,10 @@ def summed_loss(
     Returns:
         (sum f32[], {name: sum of each further figure; `tokens`: how many were predicted}).
     """
-    x, routing = _features(model, params, batch, mesh)
-    context = objective.context(constants, batch.tokens, batch.positions, batch.segments)
+    if objective.total is not None:
+        return objective.total(model, params, constants, batch)
+    x, routing = read_batch(model, params, batch, mesh)
+    context = objective.context(constants, batch)
     wanted = batch.targets[:, 1:] & (batch.segments[:, 1:] == batch.segments[:, :-1])
     x, context = jax.tree.map(lambda value: value[:, :-1], (x, jax.lax.stop_gradient(context)))
     rows_here = wanted.shape[0] // (1 if mesh is None else num_row_shards(mesh))
@@ -77,12 +61,13 @@ def summed_loss(
 
     def of(head, x, rest):
         x, context, labels, wanted = jax.tree.map(lambda value: value.reshape(-1, *value.shape[2:]), (x, *rest))
-        logits = model.apply({"params": head}, x, method="unembed")
+        logits = writing.apply({"params": head}, x, method="unembed")
         value, figures = objective.per_token(logits, labels, constants, context)
         kept = jax.tree.map(lambda figure: jnp.sum(jnp.where(wanted, figure, 0.0)), figures | {"objective": value})
         return kept.pop("objective"), kept
 
-    head = {name: value for name, value in params.items() if not name.startswith("layers_")}
+    writing, head = writing_stack(model, params)
+    head = {name: value for name, value in head.items() if not name.startswith("layers_")}
     total, figures = sum_over_chunks(of, head, x, tuple(rest))
     tokens = jnp.sum(wanted).astype(jnp.float32)
     routing = {name: value * tokens for name, value in routing.items()}
@@ -137,8 +122,8 @@ def columns(tree: Any, width: int) -> Any:
 
 
 def make_train_step(
-    model: Decoder,
-    objective: Objective,
+    model: Network,
+    objective: Objective | BatchObjective,
     method: Method,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
@@ -147,36 +132,70 @@ def make_train_step(
     """Returns the jitted update (state, constants, batch) -> (state, metrics); the old state's buffers are given up.
 
     The gradient is that of the mean over all tokens of the batch that are to be predicted, however they are spread over
-    its micro-batches. Metrics are f32[]: loss, the objective's further figures, grad_norm (before clipping),
-    learning_rate, tokens (predicted).
+    its micro-batches; of a `BatchObjective` that of its mean over the batch. Metrics are f32[]: loss, the objective's
+    further figures, grad_norm (before clipping), learning_rate, tokens (predicted).
     """
-    decoder_only(model, "training")
-
-    def gradient(trainable, constants, batch):
-        def of(trainable):
-            params = method.attach(constants.base, constants.frozen, trainable)
-            return summed_loss(model, objective, params, constants.objective, batch, mesh=mesh)
-
-        (loss, figures), grads = jax.value_and_grad(of, has_aux=True)(trainable)
-        return grads, figures | {"loss": loss}
+    gradient = (
+        _whole_gradient(objective, method)
+        if isinstance(objective, BatchObjective)
+        else _mean_gradient(model, objective, method, mesh)
+    )
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, constants: Constants, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, sums = _added(lambda part: gradient(state.trainable, constants, part), batch)
-        tokens = jnp.maximum(sums.pop("tokens"), 1.0)
-        grads, metrics = jax.tree.map(lambda value: value / tokens.astype(value.dtype), (grads, sums))
+    def train_step(state: TrainState, constants: Constants, batch: Any) -> tuple[TrainState, Metrics]:
+        grads, metrics, left = gradient(state, constants, batch)
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to counts
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
             rate = jnp.asarray(schedule(state.step), jnp.float32)
-        trainable = optax.apply_updates(state.trainable, updates)
-        metrics |= {"grad_norm": optax.tree_utils.tree_norm(grads), "learning_rate": rate, "tokens": tokens}
-        return keep_split(TrainState(state.step + 1, trainable, opt_state), mesh), metrics
+        trainable, own = optax.apply_updates(state.trainable, updates), state.own
+        if isinstance(objective, BatchObjective):
+            own = objective.follow(own, method.attach(constants.base, constants.frozen, trainable), left)
+        metrics |= {"grad_norm": optax.tree_utils.tree_norm(grads), "learning_rate": rate}
+        return keep_split(TrainState(state.step + 1, trainable, opt_state, own), mesh), metrics
 
     return train_step
 
 
+def _mean_gradient(model: Network, objective: Objective, method: Method, mesh: Mesh | None) -> Callable[..., Any]:
+    """Returns (state, constants, batch) -> (gradient, metrics, nothing) of the mean over a batch's tokens."""
+
+    def of_part(trainable, constants, batch):
+        def of(trainable):
+            params = method.attach(constants.base, constants.frozen, trainable)
+            rows = objective.training_rows(jax.lax.stop_gradient(params), batch)
+            return summed_loss(model, objective, params, constants.objective, rows, mesh=mesh)
+
+        (loss, figures), grads = jax.value_and_grad(of, has_aux=True)(trainable)
+        return grads, figures | {"loss": loss}
+
+    def gradient(state, constants, batch):
+        grads, sums = _added(lambda part: of_part(state.trainable, constants, part), batch)
+        tokens = jnp.maximum(sums.pop("tokens"), 1.0)
+        grads, metrics = jax.tree.map(lambda value: value / tokens.astype(value.dtype), (grads, sums))
+        return grads, metrics | {"tokens": tokens}, None
+
+    return gradient
+
+
+def _whole_gradient(objective: BatchObjective, method: Method) -> Callable[..., Any]:
+    """Returns (state, constants, batch) -> (gradient, metrics, what the objective has left) of a whole batch's loss."""
+
+    def gradient(state, constants, batch):
+        whole = jax.tree.map(lambda value: value[0], batch)
+
+        def of(trainable):
+            params = method.attach(constants.base, constants.frozen, trainable)
+            loss, figures, left = objective.loss(params, state.own, whole)
+            return loss, (figures | {"loss": loss}, left)
+
+        (_, (metrics, left)), grads = jax.value_and_grad(of, has_aux=True)(state.trainable)
+        return grads, metrics, left
+
+    return gradient
+
+
 def make_eval_step(
-    model: Decoder, objective: Objective, method: Method, mesh: Mesh | None = None
+    model: Network, objective: Objective, method: Method, mesh: Mesh | None = None
 ) -> Callable[[Any, Constants, Batch], Metrics]:
     """Returns the jitted function (trainable, constants, batch) -> {loss and figures summed over tokens, tokens}."""
 

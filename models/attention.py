@@ -117,7 +117,7 @@ def attend_to(q: jax.Array, text: LayerCache, config: AttentionConfig, added: ja
     return masked_attention(q, text.k, text.v, visible, config, added)
 
 
-def segment_attend(q, k, v, cache, ctx, *, config, layer):
+def segment_attend(q, k, v, cache, ctx, *, config, layer, bias=None):
     """Causal attention inside each of several texts that share a row: training on packed rows.
 
     `ctx` is i32[B, T], the text that each token belongs to; equal numbers must stand together. Takes no cache. The
@@ -127,7 +127,8 @@ def segment_attend(q, k, v, cache, ctx, *, config, layer):
     visible = (places[None, None, :] <= places[None, :, None]) & (ctx[:, None, :] == ctx[:, :, None])
     if config.window is not None:
         visible &= places[None, None, :] > places[None, :, None] - config.window
-    return masked_attention(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), visible, config), cache, ctx
+    added = None if bias is None else bias((places[None, :] - places[:, None])[None])
+    return masked_attention(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), visible, config, added), cache, ctx
 
 
 def tree_attend(q, k, v, cache, ctx: TreeRows, *, config, layer):

@@ -39,6 +39,30 @@ class Output:
     aux: Any
 
 
+@struct.dataclass
+class Inserted:
+    """Embeddings that stand in place of tokens: in row b at positions start[b] to start[b] + N - 1.
+
+    Attributes:
+        values: [B, N, D], on the scale of embedded tokens: what a config does to embeddings is not done to them.
+        start: i32[B].
+    """
+
+    values: jax.Array
+    start: jax.Array
+
+    def within(self, positions: jax.Array) -> jax.Array:
+        """Returns bool[B, T]: which of the positions i32[B, T] are those of inserted embeddings."""
+        place = positions - self.start[:, None]
+        return (place >= 0) & (place < self.values.shape[1])
+
+    def at(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns what `Decoder.embed` takes for tokens i32[B, T] at positions i32[B, T] with these in their places."""
+        place = jnp.clip(positions - self.start[:, None], 0, self.values.shape[1] - 1)
+        instead = jnp.take_along_axis(self.values, place[..., None], axis=1)
+        return jnp.where(self.within(positions), -1, tokens), positions, instead
+
+
 class Block(nn.Module):
     """One pre-norm transformer block: [B, T, D] -> [B, T, D]."""
 
@@ -55,13 +79,16 @@ class Block(nn.Module):
             self.post_attention_norm, self.post_mlp_norm = Norm(config.norm), Norm(config.norm)
         if config.cross is not None:
             self.cross_norm, self.cross = Norm(config.norm), CrossAttention(config.cross, self.width)
+            if config.cross_gate:
+                self.cross_gate = self.param("cross_gate", nn.initializers.zeros, ())
 
     def __call__(self, x, rotary, cache, attend: Attend, ctx, layer: int, bias=None, text: LayerCache | None = None):
         """Returns (x, cache, ctx) after the block: see `models.attention.Attention`, and `CrossAttention` for text."""
         out, cache, ctx = self.attention(self.attention_norm(x), rotary, cache, attend, ctx, layer, bias)
         x = x + (self.post_attention_norm(out) if self.config.post_norms else out)
         if self.config.cross is not None:
-            x = x + self.cross(self.cross_norm(x), text)
+            found = self.cross(self.cross_norm(x), text)
+            x = x + (self.cross_gate.astype(x.dtype) * found if self.config.cross_gate else found)
         out = self.mlp(self.mlp_norm(x))
         return x + (self.post_mlp_norm(out) if self.config.post_norms else out), cache, ctx
 

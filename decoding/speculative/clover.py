@@ -251,7 +251,7 @@ def clover_head(model: Decoder, options: CloverOptions) -> LevelHead:
     """Returns the heads on a target."""
     heads = Heads(options.head, model)
 
-    def follow(params: WithDraft, cache: KVCache, tokens: jax.Array, stream: jax.Array):
+    def follow(params: WithDraft, cache: KVCache, before: jax.Array, tokens: jax.Array, stream: jax.Array):
         e = heads.embedded(params.target, params.draft, tokens)
         positions = cache.length[:, None] + jnp.arange(tokens.shape[1])[None, :]
         x = heads.entering(params.target, params.draft, stream, e)
@@ -265,7 +265,7 @@ def clover_head(model: Decoder, options: CloverOptions) -> LevelHead:
         return heads.read(params.draft, depth, states, heads.embedded(params.target, params.draft, tokens))
 
     own = (model.config.blocks[-1].attention,) * heads.count
-    return LevelHead(CLOVER_HEAD, own, follow, go_on, reads, options.keep)
+    return LevelHead(CLOVER_HEAD, own, follow, go_on, reads, model.config.width, options.keep)
 
 
 def make_clover(model: Decoder, options: CloverOptions, stop_tokens: tuple[int, ...]) -> Steps:

@@ -15,12 +15,12 @@ from finetune.adapters.adapter import Kernels, replace_kernels
 from finetune.objectives import Objective
 from finetune.state import Batch
 from finetune.trainer import summed_loss
-from models.decoder import Decoder
+from models.encoder_decoder import Network
 from models.errors import InputError
 
 
 def sum_gradients(
-    model: Decoder,
+    model: Network,
     objective: Objective,
     params: Any,
     kernels: Kernels,

@@ -41,6 +41,7 @@ DRAWS = 40_000
 PROMPT = [2, 0, 3]
 SMALL = {  # options of methods that take long to compile, or that would read all of a short text
     "aded": {"slots": 256, "iterations": 20, "sentences": 6},
+    "chimera": {"nodes": 5, "offsets": 3},
     "clover": {"nodes": 3},
     "core_infer": {"first": 1, "last": 1},
     "dyspec": {"budget": 5, "frontier": 3, "depth": 3},

@@ -9,7 +9,10 @@ import sys
 import pytest
 
 from experiments.schema import build
-from finetune.data import DataConfig, GeneratedData, read_data
+from finetune.code_tokenizer import code_tokenizer
+from finetune.data import code_examples, read_data
+from finetune.data_configs import CodeData, DataConfig, GeneratedData
+from finetune.rows import Pairs
 from finetune.sources import Columns, FileData, HubData
 from models.errors import InputError
 from models.weights.byte_tokenizer import byte_tokenizer
@@ -54,9 +57,24 @@ def test_generated_data_has_rows_and_questions():
         assert question.example.prompt + question.example.completion in texts(data.test)
 
 
+@pytest.mark.parametrize("source", ["generated", "library"])
+def test_descriptions_are_read_and_functions_are_written(source):
+    tokenizer, config = code_tokenizer(), CodeData(source=source, size=12, test_size=6)
+    data = read_data(config, tokenizer, 20_000, Pairs(0, 4000))
+    assert (len(data.train), len(data.test), len(data.questions)) == (12, 6, 6)
+    rows, question = data.test, data.questions[0]
+    assert tokenizer.decode(rows.sources[: rows.source_starts[1]]) == question.example.prompt
+    row = rows.tokens[: rows.starts[1]].tolist()
+    assert row[0] == 0 and row[-1] == tokenizer.eos_id and tokenizer.decode(row) == question.example.completion
+    assert not {one.example.prompt for one in data.questions} & {one.prompt for one in code_examples(config, False)}
+    with pytest.raises(InputError, match="size must be at least 1"):
+        CodeData(size=0)
+
+
 def test_generated_data_as_chat():
     data = read(GeneratedData(tasks=("reverse",), size=4, test_size=2, chat=True))
-    tokens, example = data.questions[0]
+    question = data.questions[0]
+    tokens, example = question.tokens, question.example
     assert tokens == TOKENIZER.encode_chat(example.prompt.strip())
     assert data.train.tokens[-1] == TOKENIZER.stop_ids[0]
 

@@ -15,7 +15,10 @@ TOKENIZER = byte_tokenizer()
 
 def learnt(row):
     """(text that is only read, text that is to be predicted) of a row, ends written out."""
-    sides = [[token for token, target in zip(*row, strict=True) if target == side] for side in (False, True)]
+    sides = [
+        [token for token, target in zip(row.tokens, row.targets, strict=True) if target == side]
+        for side in (False, True)
+    ]
     return tuple(TOKENIZER.decode(side, skip_special=False) for side in sides)
 
 

@@ -83,8 +83,8 @@ def contextual() -> Objective:
         value, _ = OBJECTIVE.per_token(logits, labels, None, None)
         return constants * context["weight"] * value, {"weight": context["weight"]}
 
-    def context(constants, tokens, positions, segments):
-        return {"weight": positions.astype(jnp.float32) + 1.0}
+    def context(constants, batch):
+        return {"weight": batch.positions.astype(jnp.float32) + 1.0}
 
     return Objective(per_token, jnp.float32(2.0), context)
 
