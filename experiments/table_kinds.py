@@ -47,7 +47,6 @@ KINDS: dict[str | None, Kind] = {
     "return_of_the_encoder": Kind(roe_table.RoeTableConfig, roe_table.measure, roe_pages.write_table),
     "training": Kind(train_table.TrainTableConfig, train_table.measure, train_pages.write_table),
     "yi": Kind(yi_table.YiTableConfig, yi_table.measure, yi_pages.write_table),
-    "knob": Kind(knob_config.KnobTableConfig, knob_table.measure, knob_pages.write_table),
     "search": Kind(search_table.SearchTableConfig, search_table.measure, search_table.write_table),
     "grammar_aligned": Kind(aligned_table.AlignedTableConfig, aligned_table.measure, aligned_table.write_table),
 }
