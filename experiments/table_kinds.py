@@ -3,7 +3,17 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from experiments import method_table, moe_x_pages, moe_x_table, train_pages, train_table, yi_pages, yi_table
+from experiments import (
+    dolphin_pages,
+    dolphin_table,
+    method_table,
+    moe_x_pages,
+    moe_x_table,
+    train_pages,
+    train_table,
+    yi_pages,
+    yi_table,
+)
 
 
 def _no_check(config: Any) -> None:
@@ -24,6 +34,7 @@ class Kind(NamedTuple):
 
 KINDS: dict[str | None, Kind] = {
     None: Kind(method_table.TableConfig, method_table.measure, method_table.write_table, method_table.check),
+    "dolphin": Kind(dolphin_table.DolphinTableConfig, dolphin_table.measure, dolphin_pages.write_table),
     "moe_x": Kind(moe_x_table.MoeXTableConfig, moe_x_table.measure, moe_x_pages.write_table),
     "training": Kind(train_table.TrainTableConfig, train_table.measure, train_pages.write_table),
     "yi": Kind(yi_table.YiTableConfig, yi_table.measure, yi_pages.write_table),
