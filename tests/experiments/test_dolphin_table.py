@@ -39,7 +39,7 @@ def test_operations_of_the_formula_are_those_that_xla_counts(tokens, slots):
 
 
 def test_bytes_of_the_formula_are_most_of_what_a_step_moves():
-    """XLA counts those of intermediate arrays too, and a write to the cache as the whole of it: never fewer than ours."""
+    """XLA counts those of intermediate arrays too, and a write to the cache as the whole of it."""
     ours, theirs = pass_cost(WIDE, 1, 63, 1).bytes, counted(1, 64)["bytes accessed"]
     assert 0.6 < ours / theirs < 1.05
 
@@ -67,13 +67,13 @@ def test_the_smoke_preset_writes_a_table_and_keeps_what_is_measured(tmp_path, ca
     argv = [str(TABLE), "--preset", "smoke", "--out", str(tmp_path / "out")]
     main(argv)
     page = capsys.readouterr().out
-    assert "## Stage: restoration" in page and "## Stage: instruction" in page
+    assert "## Stage: restoration" in page
     assert "| 16384 |" in page and "| 64 | " in page
     assert "reproduced" in page and "**not measured** here" in page
     assert {"table.md", "table.csv", "plot.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
     config = load_config(DolphinTableConfig, ["--config", *argv], prog="test", description="")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").glob("*.json")}
-    assert len(times) == 1 + 2 * 4
+    assert len(times) == 1 + 4
     main(argv)
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert with_models(config).dolphin.compressor.endswith("scratch/compressor")
