@@ -9,6 +9,8 @@ from experiments import (
     method_table,
     moe_x_pages,
     moe_x_table,
+    roe_pages,
+    roe_table,
     train_pages,
     train_table,
     yi_pages,
@@ -36,6 +38,7 @@ KINDS: dict[str | None, Kind] = {
     None: Kind(method_table.TableConfig, method_table.measure, method_table.write_table, method_table.check),
     "dolphin": Kind(dolphin_table.DolphinTableConfig, dolphin_table.measure, dolphin_pages.write_table),
     "moe_x": Kind(moe_x_table.MoeXTableConfig, moe_x_table.measure, moe_x_pages.write_table),
+    "return_of_the_encoder": Kind(roe_table.RoeTableConfig, roe_table.measure, roe_pages.write_table),
     "training": Kind(train_table.TrainTableConfig, train_table.measure, train_pages.write_table),
     "yi": Kind(yi_table.YiTableConfig, yi_table.measure, yi_pages.write_table),
 }

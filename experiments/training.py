@@ -201,7 +201,9 @@ def _objective(config: TrainConfig, base: Base, mesh: Mesh) -> Objective:
                 f"the teacher {config.objective.teacher} reads other tokens than the model {base.name}: take a teacher "
                 "with the same tokenizer"
             )
-    return make_objective(config.objective, base.model, base.params, base.tokenizer.vocab_size, teacher)
+    return make_objective(
+        config.objective, base.model, base.params, base.tokenizer.vocab_size, teacher, tuple(base.tokenizer.stop_ids)
+    )
 
 
 def _about_costs(config: TrainConfig, objective: Objective) -> tuple[str, ...]:

@@ -15,6 +15,8 @@ from finetune.corpus import TASKS, Example, generate
 from finetune.facts import Stage, fact_examples
 from finetune.othello import games
 from finetune.recall import recall_examples
+from finetune.records import TASKS as RECORD_TASKS
+from finetune.records import record_examples
 from finetune.rows import Compressed, Pairs, Row, Rows, as_chat, encode, fit, pair, with_context
 from finetune.sources import FileData, HubData, Item, Placed, read_source
 from finetune.stories import stories
@@ -69,6 +71,33 @@ class StoriesData:
         if self.size < 1 or self.test_size < 0 or self.words < 2:
             raise InputError(
                 f"size must be at least 1, test_size 0 and words 2, got {self.size}, {self.test_size} and {self.words}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordsData:
+    """Questions on records, long to read and short to answer (`finetune.records`); for the tokenizer `stories`.
+
+    Attributes:
+        size: questions to train on.
+        test_size: questions to test on.
+        records: that each is asked of, 1 to 24; eight or nine words each.
+        tasks: of `finetune.records.TASKS`, in turn.
+        seed: of the records.
+    """
+
+    type: Literal["records"] = "records"
+    size: int = 20_000
+    test_size: int = 200
+    records: int = 12
+    tasks: tuple[str, ...] = RECORD_TASKS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.test_size < 0 or self.records < 1:
+            raise InputError(
+                f"size and records must be at least 1 and test_size 0, got {self.size}, {self.records} and "
+                f"{self.test_size}"
             )
 
 
@@ -140,9 +169,7 @@ class FactsData:
             raise InputError("size and facts must be at least 1, and test_size 0")
 
 
-DataConfig = FactsData | GeneratedData | StoriesData | RecallData | OthelloData | FileData | HubData
-
-
+DataConfig = GeneratedData | StoriesData | RecallData | RecordsData | FactsData | OthelloData | FileData | HubData
 Beside = Pairs | Compressed
 
 
@@ -220,6 +247,9 @@ def _read(config: DataConfig) -> tuple[str, Placed, Placed | None, bool]:
         if isinstance(config, RecallData):
             made = recall_examples(size, config.words, config.facts, config.seed, test)
             return [("a text to recall", example) for example in made]
+        if isinstance(config, RecordsData):
+            asked = record_examples(size, config.records, config.tasks, config.seed, test)
+            return [("a question on records", example) for example in asked]
         if isinstance(config, OthelloData):
             return [("a game", text) for text in games(size, config.seed, test)]
         if isinstance(config, FactsData):

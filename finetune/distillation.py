@@ -30,6 +30,8 @@ from finetune.state import Batch
 from models.encoder_decoder import EncoderDecoder, Network, writing_stack
 from models.errors import InputError
 
+_SAMPLE = 2  # the number of a text that the student wrote; those of the data, alone in their rows, have 1
+
 
 @dataclasses.dataclass(frozen=True)
 class DistillationConfig:
@@ -40,6 +42,8 @@ class DistillationConfig:
         direction: which of the two laws the divergence is taken under.
         temperature: that both logits are divided by, above 0.
         label_share: weight of the cross-entropy with the labels, 0 to 1; the divergence has the rest.
+        on_samples: whether the divergence is taken on answers that the student samples anew in each update, and the
+            cross-entropy alone on the data's own (Return of the Encoder); for students with an encoder.
     """
 
     teacher: str
@@ -47,6 +51,7 @@ class DistillationConfig:
     direction: Literal["forward", "reverse"] = "forward"
     temperature: float = 1.0
     label_share: float = 0.0
+    on_samples: bool = False
 
     def __post_init__(self) -> None:
         if self.direction not in ("forward", "reverse"):
@@ -57,7 +62,14 @@ class DistillationConfig:
             )
 
 
-def distillation(config: DistillationConfig, teacher: Network, teacher_params: Any, num_tokens: int) -> Objective:
+def distillation(
+    config: DistillationConfig,
+    teacher: Network,
+    teacher_params: Any,
+    num_tokens: int,
+    student: Network | None = None,
+    stop_tokens: tuple[int, ...] = (),
+) -> Objective:
     """Returns distillation as an objective; it logs `cross_entropy` and `divergence`, the KL in nats.
 
     Args:
@@ -65,6 +77,11 @@ def distillation(config: DistillationConfig, teacher: Network, teacher_params: A
         teacher: the network that is learnt from.
         teacher_params: its parameters.
         num_tokens: I; ids of the tokenizer that both models share.
+        student: who is to write samples, with `on_samples`.
+        stop_tokens: that end a sample.
+
+    Raises:
+        InputError: samples of a student without an encoder.
     """
 
     def context(constants, batch):
@@ -85,7 +102,64 @@ def distillation(config: DistillationConfig, teacher: Network, teacher_params: A
         value = (1.0 - config.label_share) * config.temperature**2 * divergence + config.label_share * likelihood
         return value, {"cross_entropy": likelihood, "divergence": divergence}
 
-    return Objective(per_token, teacher_params, context)
+    if not config.on_samples:
+        return Objective(per_token, teacher_params, context)
+    if not isinstance(student, EncoderDecoder):
+        raise InputError("on_samples needs a student with an encoder, which reads its prompts apart: set it to false")
+    return sampling(Objective(per_token, teacher_params, context), config.label_share, student, stop_tokens)
+
+
+def sampling(taught: Objective, label_share: float, student: EncoderDecoder, stop_tokens: tuple[int, ...]) -> Objective:
+    """Returns distillation on samples: every row of a micro-batch once with its own answer, once with the student's.
+
+    The loss is label_share CE(own answer) + (1 - label_share) KL(student's answer), each per token of its kind as far
+    as both kinds have equally many. Deviation: the released code draws with dropout on and averages over padding.
+    """
+
+    def training_rows(params: Any, batch: Batch) -> Batch:
+        both = with_samples(student, params, batch, stop_tokens)
+        return jax.tree.map(lambda *halves: jnp.concatenate(halves), batch, both)
+
+    def context(constants: Any, batch: Batch) -> Any:
+        return taught.context(constants, batch), batch.segments == _SAMPLE
+
+    def per_token(logits, labels, constants, context):
+        stream, is_sample = context
+        _, figures = taught.per_token(logits, labels, constants, stream)
+        kinds = (1.0 - label_share) * figures["divergence"], label_share * figures["cross_entropy"]
+        return 2.0 * jnp.where(is_sample, *kinds), figures
+
+    return Objective(per_token, taught.constants, context, training_rows)
+
+
+def with_samples(student: EncoderDecoder, params: Any, batch: Batch, stop_tokens: tuple[int, ...]) -> Batch:
+    """Returns a micro-batch with answers that the student samples at temperature 0.9 from its 128 likeliest tokens.
+
+    What is drawn depends on the batch and the parameters alone, so that a run that goes on draws the same.
+    """
+    from decoding.decode import Plan, decode
+    from decoding.method import Call
+    from decoding.prefill import Prompts
+    from decoding.registry import METHODS
+    from decoding.sampling import Sampling, row_keys
+
+    rows, room = batch.tokens.shape[0], batch.tokens.shape[1] - 1
+    is_row = batch.segments[:, 0] > 0
+    plan = Plan(EncoderDecoder(student.config), "sample", METHODS["sample"].options(), room, stop_tokens, None)
+    ones, of_batch = jnp.ones((rows,)), jnp.sum(batch.tokens) * 31 + jnp.sum(batch.source.tokens)
+    keys = row_keys(jax.random.key(of_batch), rows)
+    settings = Sampling(0.9 * ones, jnp.full((rows,), 128, jnp.int32), ones, 0.0 * ones, ones)
+    out = decode(plan, params, Prompts(*batch.source), Call(jnp.where(is_row, room, 0), keys, settings))
+    tokens = jnp.concatenate([batch.tokens[:, :1], out.tokens], axis=1)
+    real = (jnp.arange(room + 1)[None, :] <= out.lengths[:, None]) & is_row[:, None]
+    places = jnp.broadcast_to(jnp.arange(room + 1)[None, :], tokens.shape)
+    return Batch(
+        tokens=jnp.where(real, tokens, 0),
+        targets=real & (places > 0),
+        segments=jnp.where(real, _SAMPLE, 0),
+        positions=jnp.where(real, places, 0),
+        source=batch.source,
+    )
 
 
 def joined(batch: Batch) -> tuple[Batch, jax.Array]:

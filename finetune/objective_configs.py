@@ -30,7 +30,12 @@ ObjectiveConfig = CrossEntropyConfig | EmoConfig | DistillationConfig
 
 
 def make_objective(
-    config: ObjectiveConfig, model: Network, params: Any, num_tokens: int, teacher: tuple[Network, Any] | None = None
+    config: ObjectiveConfig,
+    model: Network,
+    params: Any,
+    num_tokens: int,
+    teacher: tuple[Network, Any] | None = None,
+    stop_tokens: tuple[int, ...] = (),
 ) -> Objective:
     """Returns the objective that a config stands for.
 
@@ -40,6 +45,7 @@ def make_objective(
         params: its parameters at the start; read now, never kept.
         num_tokens: ids of the tokenizer; a model's vocabulary may have rows behind them, as padding.
         teacher: (network, parameters) of the model that a `DistillationConfig` names, of the same tokenizer.
+        stop_tokens: that end what a model writes, where an objective lets it write.
 
     Raises:
         InputError: more ids than a model has rows for, or distillation without a teacher.
@@ -52,7 +58,7 @@ def make_objective(
         if teacher is None:
             raise InputError("distillation needs a teacher: pass teacher=(model, params)")
         _check_tokens("the teacher", teacher[0], num_tokens)
-        return distillation(config, *teacher, num_tokens)
+        return distillation(config, *teacher, num_tokens, model, stop_tokens)
     return cross_entropy(config.z_loss)
 
 

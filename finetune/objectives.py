@@ -20,6 +20,10 @@ def _nothing(constants: Any, batch: Batch) -> Any:
     return None
 
 
+def _same(params: Any, batch: Batch) -> Batch:
+    return batch
+
+
 class Objective(NamedTuple):
     """A loss.
 
@@ -29,11 +33,14 @@ class Objective(NamedTuple):
         constants: arrays that every update reads; None: nothing.
         context: (constants, micro-batch of [B, T]) -> a tree of [B, T, ...]; entry t belongs to the prediction of token
             t + 1. Gradients do not flow into it.
+        training_rows: (parameters of the model, micro-batch) -> the micro-batch that training sees in its place, such
+            as one with texts that the model writes. Gradients do not flow into it; held-out data is taken as it is.
     """
 
     per_token: Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
     constants: Any = None
     context: Callable[[Any, Batch], Any] = _nothing
+    training_rows: Callable[[Any, Batch], Batch] = _same
 
 
 def cross_entropy(z_loss: float = 0.0) -> Objective:

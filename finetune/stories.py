@@ -135,6 +135,22 @@ def names_and_things() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...
     return _SHE + _HE, things, _PLACES + _OPENERS + _LINKS + tuple(_KINDS)
 
 
+class RecordWords(NamedTuple):
+    """Words to make sentences of; verbs, adjectives and objects by the kind of thing that they go with."""
+
+    names: tuple[str, ...]
+    verbs: Mapping[str, tuple[str, ...]]
+    adjectives: Mapping[str, tuple[str, ...]]
+    objects: Mapping[str, tuple[str, ...]]
+    links: tuple[str, ...]
+    places: tuple[str, ...]
+
+
+def record_words() -> RecordWords:
+    """Returns words of the vocabulary, for texts of another law."""
+    return RecordWords(_SHE + _HE, _VERBS, _ADJECTIVES, _OBJECTS, _LINKS, _PLACES)
+
+
 def write(words: int, domain: int, seed: str) -> str:
     """Returns a story of so many words (a full stop is one), in `domain`; it may end in the middle of a sentence."""
     rng, state, text = random.Random(seed), State(), []

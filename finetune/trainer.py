@@ -137,7 +137,8 @@ def make_train_step(
     def gradient(trainable, constants, batch):
         def of(trainable):
             params = method.attach(constants.base, constants.frozen, trainable)
-            return summed_loss(model, objective, params, constants.objective, batch, mesh=mesh)
+            rows = objective.training_rows(jax.lax.stop_gradient(params), batch)
+            return summed_loss(model, objective, params, constants.objective, rows, mesh=mesh)
 
         (loss, figures), grads = jax.value_and_grad(of, has_aux=True)(trainable)
         return grads, figures | {"loss": loss}

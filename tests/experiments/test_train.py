@@ -216,3 +216,31 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(run):
     first, same, other = run("a", "--steps", "3"), run("b", "--steps", "3"), run("c", "--steps", "3", "--seed", "1")
     assert first == same and first[1] != other[1]
     assert np.isfinite(list(first.values())).all()
+
+
+def test_a_model_with_an_encoder_is_trained_and_goes_on(run, tmp_path):
+    """Two runs of which one is cut in halves have the same losses; answers are asked for."""
+    pairs = (
+        SMALL.replace("max_length: 64}", "max_length: 64, encoder_layers: 1}") + "packing: false\nsource_length: 40\n"
+    )
+    (tmp_path / "small.yaml").write_text(
+        pairs.replace("learning_rate: 1e-2", "learning_rate: 1e-2, schedule: constant")
+    )
+    flags = ("--evaluation.examples", "4", "--optimizer.warmup", "0")
+    whole = run("whole", *flags)
+    run("parts", *flags, "--steps", "4")
+    assert run("parts", *flags) == whole and whole[8] < whole[1]
+    assert any("eval/exact_match" in line for line in lines(tmp_path / "parts"))
+    model, _, tokenizer = load_model(tmp_path / "parts" / "model")
+    assert model.config.encoder.num_layers == 1 and tokenizer.decode(tokenizer.encode("ab")) == "ab"
+
+
+def test_what_only_one_kind_of_model_can_be_told(run, tmp_path):
+    with pytest.raises(InputError, match="source_length is for models with an encoder"):
+        run("bad", "--source_length", "40")
+    pairs = SMALL.replace("max_length: 64}", "max_length: 64, encoder_layers: 1}")
+    (tmp_path / "small.yaml").write_text(pairs)
+    with pytest.raises(InputError, match="set packing to false"):
+        run("bad")
+    with pytest.raises(InputError, match="source_length 65 is more than the 64 tokens"):
+        run("bad", "--source_length", "65", "--no-packing")

@@ -56,7 +56,7 @@ def test_generated_data_has_rows_and_questions():
 
 def test_generated_data_as_chat():
     data = read(GeneratedData(tasks=("reverse",), size=4, test_size=2, chat=True))
-    tokens, example = data.questions[0]
+    tokens, example, _ = data.questions[0]
     assert tokens == TOKENIZER.encode_chat(example.prompt.strip())
     assert data.train.tokens[-1] == TOKENIZER.stop_ids[0]
 

@@ -9,6 +9,7 @@ import pytest
 
 from experiments.schema import build
 from finetune.objective_configs import CrossEntropyConfig, ObjectiveConfig, make_objective
+from finetune.state import Batch
 from models.decoder import Decoder
 from models.errors import InputError
 from tests.support.toy_training import toy_model, toy_params
@@ -31,7 +32,7 @@ def test_every_config_makes_its_objective(settings):
     student = toy_model(), toy_params()
     objective = make_objective(config, *student, 50, teacher=student)
     rows = jnp.zeros((1, 4), jnp.int32)
-    shapes = jax.eval_shape(objective.context, objective.constants, rows, rows, rows)
+    shapes = jax.eval_shape(objective.context, objective.constants, Batch(rows, rows > 0, rows, rows))
     context = jax.tree.map(lambda value: jnp.ones(value.shape[1:], value.dtype), shapes)
     logits = jax.random.normal(jax.random.key(0), (4, 61))
     value, figures = objective.per_token(logits, rows[0], objective.constants, context)

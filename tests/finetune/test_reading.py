@@ -185,3 +185,44 @@ def test_scratch_models_with_an_encoder():
     assert all(block.cross.rope is None for block in config.decoder.blocks)
     with pytest.raises(InputError, match="encoder_layers must not be negative"):
         dataclasses.replace(SHAPE, encoder_layers=-1)
+
+
+def test_a_student_learns_on_samples_of_its_own(made):
+    """Rows twice, the second time with what the student writes; KL on these, cross-entropy on the data's own."""
+    model, params = made[:2]
+    settings = DistillationConfig("teacher", label_share=0.25, on_samples=True)
+    objective = distillation(settings, toy_model(), toy_params(), 58, model, (5,))
+    plain = distillation(DistillationConfig("teacher"), toy_model(), toy_params(), 58)
+    batch = batch_of()
+
+    @jax.jit
+    def both(params, batch):
+        rows = objective.training_rows(params, batch)
+        value = summed_loss(model, objective, params, objective.constants, rows)[0]
+        half = jax.tree.map(lambda x: x[len(ROWS) + 1 :], rows)
+        return rows, value, summed_loss(model, plain, params, plain.constants, half)[0]
+
+    rows, value, divergence = both(params, batch)
+    own, written = (jax.tree.map(lambda x, at=at: np.asarray(x)[at], rows) for at in (slice(0, 4), slice(4, 8)))
+    jax.tree.map(np.testing.assert_array_equal, own, jax.tree.map(np.asarray, batch))
+    empty = ~np.asarray(batch.segments).any(1)
+    assert empty.sum() == 1 and not written.segments[empty].any() and not written.targets[empty].any()
+    for tokens, segments, targets in zip(
+        *(x[~empty] for x in (written.tokens, written.segments, written.targets)), strict=True
+    ):
+        count = (segments > 0).sum()
+        assert tokens[0] == 0 and targets.sum() == count - 1 and (segments[:count] == segments[0]).all()
+        ends = np.flatnonzero(tokens[1:count] == 5)
+        assert ends.tolist() == [count - 2] if count < len(tokens) else (ends == count - 2).all()
+    likelihood = made[2](params, batch)[0][0]
+    np.testing.assert_allclose(value, 2 * (0.25 * likelihood + 0.75 * divergence), rtol=1e-4)
+    again = both(params, batch)[0]
+    jax.tree.map(np.testing.assert_array_equal, again, rows)
+    other = both(jax.tree.map(lambda x: x * 0.5, params), batch)[0]
+    assert (np.asarray(other.tokens) != np.asarray(rows.tokens)).any()
+
+
+def test_samples_are_for_students_with_an_encoder():
+    settings = DistillationConfig("teacher", on_samples=True)
+    with pytest.raises(InputError, match="on_samples needs a student with an encoder"):
+        distillation(settings, toy_model(), toy_params(), 58, toy_model())
