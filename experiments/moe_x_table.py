@@ -208,7 +208,7 @@ class Probe(NamedTuple):
 
 def _read_probe(config: MoeXTableConfig, part: Part) -> Probe:
     """Returns the texts of a part."""
-    from experiments.training import scratch_tokenizer
+    from experiments.scratch_tokenizers import scratch_tokenizer
     from finetune.othello import board_properties, games
     from finetune.stories import stories, story_properties
 

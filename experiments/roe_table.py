@@ -136,7 +136,7 @@ def measure(config: RoeTableConfig) -> dict[str, Figures]:
 
 def shaped(shape: ScratchConfig, reads: float) -> ScratchConfig:
     """Returns the shape that a row has: layers dealt out anew, and as many parameters as before."""
-    from experiments.training import scratch_tokenizer
+    from experiments.scratch_tokenizers import scratch_tokenizer
 
     return matched(split(shape, reads), shape, scratch_tokenizer(shape.tokenizer).vocab_size)
 
@@ -190,8 +190,8 @@ def _speeds(config: RoeTableConfig) -> dict[float, Figures]:
 def _measure_speeds(shapes: list[ScratchConfig], size: RoePreset) -> list[Figures]:
     import jax
 
+    from experiments.scratch_tokenizers import scratch_tokenizer
     from experiments.timed import alternate
-    from experiments.training import scratch_tokenizer
     from models.encoder_decoder import init_params
 
     found: list[Figures] = []

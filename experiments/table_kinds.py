@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from experiments import (
+    codet5plus_pages,
+    codet5plus_table,
     dolphin_pages,
     dolphin_table,
     method_table,
@@ -37,6 +39,7 @@ class Kind(NamedTuple):
 KINDS: dict[str | None, Kind] = {
     None: Kind(method_table.TableConfig, method_table.measure, method_table.write_table, method_table.check),
     "dolphin": Kind(dolphin_table.DolphinTableConfig, dolphin_table.measure, dolphin_pages.write_table),
+    "codet5plus": Kind(codet5plus_table.CodeT5PlusTableConfig, codet5plus_table.measure, codet5plus_pages.write_table),
     "moe_x": Kind(moe_x_table.MoeXTableConfig, moe_x_table.measure, moe_x_pages.write_table),
     "return_of_the_encoder": Kind(roe_table.RoeTableConfig, roe_table.measure, roe_pages.write_table),
     "training": Kind(train_table.TrainTableConfig, train_table.measure, train_pages.write_table),

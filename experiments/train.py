@@ -16,15 +16,17 @@ def describe(config: TrainConfig) -> str:
     import jax
     import jax.numpy as jnp
 
-    from experiments.training import scratch_tokenizer
+    from experiments.scratch_tokenizers import scratch_tokenizer
     from finetune import state
     from finetune.adapters import make_adapter
+    from finetune.codet5plus import CodeT5PlusConfig, slow_part
     from finetune.dry_run import adapter_shapes, dry_run, model_shapes, render
     from finetune.objective_configs import DistillationConfig, EmoConfig
     from finetune.optimizers import make_optimizer
     from models.decoder import Decoder
     from models.encoder_decoder import decoder_only, network, writing_stack
     from models.growth import grow_config
+    from models.joined import join_config, trained_apart
     from models.scratch import scratch_model
     from models.sharding import abstract_mesh
     from models.weights.load import read_config
@@ -35,8 +37,14 @@ def describe(config: TrainConfig) -> str:
         model = network(read_config(config.model))
         if config.growth is not None:
             model = Decoder(grow_config(decoder_only(model, "growth").config, config.growth))
+        if config.join is not None:
+            parts = (decoder_only(part, "joining") for part in (network(read_config(config.join.encoder)), model))
+            model = network(join_config(*(part.config for part in parts), config.join))
     base, frozen = model_shapes(model, config.dtype or "float32"), {}
-    if config.adapter is None:
+    if config.join is not None:
+        base, trainable = trained_apart(base)
+        method = state.part_tuning(jax.tree.map(lambda x: x.dtype, trainable))
+    elif config.adapter is None:
         base, trainable, method = {}, model_shapes(model), state.full_tuning(jax.tree.map(lambda x: x.dtype, base))
     else:
         adapter = make_adapter(config.adapter)
@@ -49,6 +57,8 @@ def describe(config: TrainConfig) -> str:
         read = jax.ShapeDtypeStruct((writing.width, writing.vocab_size), jnp.float32)
     elif isinstance(config.objective, DistillationConfig):
         read = model_shapes(network(read_config(config.objective.teacher)), config.dtype or "float32")
+    elif isinstance(config.objective, CodeT5PlusConfig):
+        read = slow_part(model_shapes(model))
     return render(dry_run(base, frozen, trainable, optimizer, abstract_mesh(config.mesh), read))
 
 

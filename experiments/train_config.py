@@ -11,6 +11,7 @@ from finetune.distributed import DistributedConfig
 from finetune.objective_configs import CrossEntropyConfig, ObjectiveConfig
 from finetune.optimizers import OptimizerConfig
 from models.growth import GrowthConfig
+from models.joined import JoinConfig
 from models.scratch import ScratchConfig
 from models.sharding import MeshConfig
 
@@ -60,6 +61,7 @@ class TrainConfig:
     model: str = "smollm2-135m-instruct"  # a registry name, a .gguf file, or a model folder
     scratch: ScratchConfig | None = None  # a new model of this shape in place of `model`
     growth: GrowthConfig | None = None  # makes `model` deeper, or its context longer, before it is trained
+    join: JoinConfig | None = None  # an encoder in front of `model`, which stays as it is: only what is new is trained
     dtype: Literal["float32", "bfloat16"] | None = None  # of the frozen model; None: as stored (GGUF: float32)
     adapter: AdapterConfig | None = LoraConfig()  # what is trained; null: every parameter
     data: DataConfig = GeneratedData()
@@ -93,6 +95,8 @@ class TrainConfig:
             raise ValueError(f"source_length must be at least 1 (or null for `length`), got {self.source_length}")
         if self.scratch is not None and self.adapter is not None:
             raise ValueError("a new model (scratch) is trained whole: set adapter to null")
+        if self.join is not None and (self.scratch is not None or self.adapter is not None):
+            raise ValueError("join is of two trained models (scratch: null), and trains the encoder (adapter: null)")
         if self.dolphin is not None and self.adapter is not None and self.adapter.type != "lora":
             raise ValueError("a pair of decoders (dolphin) is trained with the adapter lora, or whole (adapter: null)")
         if self.growth is not None and (self.scratch is not None or self.adapter is not None):

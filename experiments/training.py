@@ -20,10 +20,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from experiments.config import dump_config, save_config
+from experiments.joining import encoder_tuning, joined
 from experiments.kept import locked
+from experiments.scratch_tokenizers import scratch_tokenizer
 from experiments.train_config import TrainConfig
 from experiments.train_dolphin import load_pair, save_pair
 from experiments.train_report import CompiledStep, Evaluator, Figures, Reporter
+from experiments.train_sources import pairs_of
 from finetune import state as states
 from finetune.adapters import make_adapter
 from finetune.adapters.adapter import Values, count, rebase, select
@@ -34,15 +37,15 @@ from finetune.data import TrainingData, read_data
 from finetune.distributed import check_rows, global_batch, is_main, on_main, row_share
 from finetune.emo import EmoConfig, cosine_spread
 from finetune.objective_configs import DistillationConfig, make_objective
-from finetune.objectives import Objective
+from finetune.objectives import BatchObjective, Objective
 from finetune.optimizers import learning_rate, make_optimizer
 from finetune.packing import Batches
-from finetune.rows import Compressed, Pairs, Rows
+from finetune.rows import Rows
 from finetune.run_log import RunLog
 from finetune.state import Batch, Constants, Method, TrainState
 from finetune.trainer import Hook, NotFinite, make_train_step, train
-from models.dolphin import PARTS, Dolphin
-from models.encoder_decoder import EncoderDecoder, Network, decoder_only, init_params, network
+from models.dolphin import PARTS
+from models.encoder_decoder import Network, decoder_only, init_params, network
 from models.errors import InputError
 from models.growth import grow
 from models.sharding import build, make_mesh, place
@@ -76,21 +79,10 @@ class Run(NamedTuple):
     batches: Batches
     held_out: tuple[Batch, ...]
     method: Method
-    objective: Objective
+    objective: Objective | BatchObjective
     constants: Constants
     state: TrainState
     step: Callable
-
-
-def scratch_tokenizer(name: str) -> Tokenizer:
-    """Returns the tokenizer of a new model: `bytes`, `stories`, `othello`, or the one of a model (a name or a path)."""
-    from finetune.othello import othello_tokenizer
-    from finetune.stories import story_tokenizer
-    from models.weights.byte_tokenizer import byte_tokenizer
-    from models.weights.load import load_model
-
-    own = {"bytes": byte_tokenizer, "stories": story_tokenizer, "othello": othello_tokenizer}
-    return own[name]() if name in own else load_model(name).tokenizer
 
 
 def load_base(config: TrainConfig, mesh: Mesh) -> Base:
@@ -105,6 +97,8 @@ def load_base(config: TrainConfig, mesh: Mesh) -> Base:
         name = Path(config.model).name
         if config.growth is not None:
             model, params = grow(decoder_only(model, "growth"), params, config.growth)
+        if config.join is not None:
+            model, params = joined(config, model, params, tokenizer)
     else:
         shape = config.scratch
         tokenizer = scratch_tokenizer(shape.tokenizer)
@@ -114,23 +108,6 @@ def load_base(config: TrainConfig, mesh: Mesh) -> Base:
         raise InputError(f"length {config.length} is more than the model's context of {model.config.max_length} tokens")
     base = Base(name, network(model.config, config.remat), params, tokenizer)
     return base if config.dolphin is None else load_pair(config, base, mesh)
-
-
-def pairs_of(config: TrainConfig, model: Network, reader: Tokenizer | None = None) -> Pairs | Compressed | None:
-    """Returns what the rows of a model with an encoder or a compressor are like; None for any other."""
-    if isinstance(model, Dolphin):
-        source_length = config.source_length or config.length
-        if source_length > model.config.longest:
-            raise InputError(f"source_length {source_length} is more than the compressor reads, {model.config.longest}")
-        return Compressed(reader, model.config.memory, source_length)
-    if not isinstance(model, EncoderDecoder):
-        if config.source_length is not None:
-            raise InputError("source_length is for models with an encoder, which this one has not: leave it out (null)")
-        return None
-    source_length, most = config.source_length or config.length, model.config.encoder.max_length
-    if source_length > most:
-        raise InputError(f"source_length {source_length} is more than the {most} tokens that the model's encoder reads")
-    return Pairs(model.config.start_token, source_length)
 
 
 def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
@@ -145,11 +122,14 @@ def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
     held_out = _batches(part, data.test, mesh) if len(data.test) and test else ()
     held_out = tuple(global_batch(held_out(step), mesh) for step in range(min(len(held_out), test)))
     objective = _objective(config, base, mesh)
+    if isinstance(objective, BatchObjective):  # it has no loss of a row by itself
+        held_out = ()
     notes = (*data.notes, *_about_costs(config, objective))
     method, frozen, trainable, rebased = _method(config, base, mesh, objective, batches, checkpoints)
     optimizer = make_optimizer(config.optimizer, config.steps, method)
     with jax.numpy_dtype_promotion("standard"):
-        state = build(lambda trainable: states.new_state(trainable, optimizer), trainable, mesh=mesh)
+        own = _own_state(objective, method, (rebased(frozen), frozen, trainable), mesh)
+        state = build(lambda trainable, own: states.new_state(trainable, optimizer, own), trainable, own, mesh=mesh)
     if checkpoints is not None and checkpoints.latest() is not None:
         notes += _check_same(config, batches, checkpoints.facts())
         state, frozen, _ = checkpoints.restore(state, frozen)
@@ -174,6 +154,13 @@ def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
         state,
         CompiledStep(step),
     )
+
+
+def _own_state(objective: Objective | BatchObjective, method: Method, parts: tuple[Any, Any, Any], mesh: Mesh) -> Any:
+    """Returns what an objective carries from update to update, before the first; `parts` make the parameters."""
+    if not isinstance(objective, BatchObjective):
+        return {}
+    return build(lambda *parts: objective.start(method.attach(*parts)), *parts, mesh=mesh)
 
 
 def _batches(config: TrainConfig, rows: Rows, mesh: Mesh) -> Batches:
@@ -201,8 +188,17 @@ def _objective(config: TrainConfig, base: Base, mesh: Mesh) -> Objective:
                 f"the teacher {config.objective.teacher} reads other tokens than the model {base.name}: take a teacher "
                 "with the same tokenizer"
             )
+    stops = tuple(base.tokenizer.stop_ids)
+    lengths = (config.source_length or config.length, config.length)
     return make_objective(
-        config.objective, base.model, base.params, base.tokenizer.vocab_size, teacher, tuple(base.tokenizer.stop_ids)
+        config.objective,
+        base.model,
+        base.params,
+        base.tokenizer.vocab_size,
+        teacher,
+        stops,
+        tokenizer=base.tokenizer,
+        lengths=lengths,
     )
 
 
@@ -218,6 +214,8 @@ def _method(
     config: TrainConfig, base: Base, mesh: Any, objective: Objective, batches: Batches, checkpoints: Checkpoints | None
 ) -> tuple[Method, Values, Any, Callable[[Values], Any]]:
     """Returns (method, frozen, trainable, function from frozen values to the parameters that stay)."""
+    if config.join is not None:
+        return encoder_tuning(base.params, mesh)
     if config.adapter is None:
         dtypes = jax.tree.map(lambda value: value.dtype, base.params)
         trainable = jax.tree.map(lambda value: jnp.array(value, jnp.float32), base.params)
@@ -226,6 +224,8 @@ def _method(
     kernels = select(base.params, config.adapter.targets)
     gradients = None
     if adapter.needs_gradients:
+        if isinstance(objective, BatchObjective):
+            raise InputError(f"{config.adapter.type} starts from gradients of tokens' losses: take another adapter")
         resumed = checkpoints is not None and checkpoints.latest() is not None
         # What a run goes on with is in its checkpoint; until that is read, anything of the right shape will do.
         gradients = kernels if resumed else _gradients(base, mesh, objective, kernels, batches, config)
@@ -245,7 +245,7 @@ def _gradients(base: Base, mesh: Any, objective: Objective, kernels: Any, batche
 
 # What decides where a run comes out; the rest of a config, and the learning rate, may change when it goes on.
 _DECIDES = (
-    *("model", "scratch", "growth", "dtype", "adapter", "data", "objective", "optimizer"),
+    *("model", "scratch", "growth", "join", "dtype", "adapter", "data", "objective", "optimizer"),
     *("dolphin", "batch_size", "length", "source_length", "packing"),
 )
 
@@ -343,7 +343,9 @@ def _train(config: TrainConfig, run: Run, checkpoints: Checkpoints, log: RunLog)
         reporter.skip()
 
     def batch(step: int) -> Batch:
-        return global_batch(run.batches(step), run.mesh)
+        made = run.batches(step)
+        made = run.objective.prepare(made, step) if isinstance(run.objective, BatchObjective) else made
+        return global_batch(made, run.mesh)
 
     if int(run.state.step) >= config.steps:  # a run that was over already
         reporter.figures |= evaluate(run.state.trainable)
@@ -382,5 +384,5 @@ def _save_trained(config: TrainConfig, run: Run, state: TrainState) -> None:
     if config.adapter is not None:
         save_adapter(config.run_dir / "adapter", config.adapter, frozen, trainable, run.belongs_to)
         return
-    params = run.method.merge({}, {}, trainable)
+    params = run.method.merge(run.constants.base, {}, trainable)
     save_model(config.run_dir / "model", network(run.model.config), params, run.tokenizer, replace=True)

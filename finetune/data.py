@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from decoding.contexts import SLOT
+from finetune.code_pairs import code_pairs
 from finetune.corpus import TASKS, Example, generate
 from finetune.facts import Stage, fact_examples
+from finetune.library_code import library_pairs
 from finetune.othello import games
 from finetune.recall import recall_examples
 from finetune.records import TASKS as RECORD_TASKS
@@ -169,7 +171,38 @@ class FactsData:
             raise InputError("size and facts must be at least 1, and test_size 0")
 
 
-DataConfig = GeneratedData | StoriesData | RecallData | RecordsData | FactsData | OthelloData | FileData | HubData
+@dataclasses.dataclass(frozen=True)
+class CodeData:
+    """Descriptions, each with the Python function that it describes (`finetune.code_pairs`, `finetune.library_code`).
+
+    Attributes:
+        source: pairs that code writes, or those of the interpreter's own library.
+        size: pairs to train on; of the library, at most.
+        test_size: pairs to test on, likewise.
+        seed: of the pairs that code writes.
+    """
+
+    type: Literal["code"] = "code"
+    source: Literal["generated", "library"] = "generated"
+    size: int = 8000
+    test_size: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.test_size < 0:
+            raise InputError(f"size must be at least 1 and test_size at least 0, got {self.size} and {self.test_size}")
+
+
+def code_examples(config: CodeData, test: bool) -> list[Example]:
+    """Returns the pairs that a config names, to test or to train on."""
+    size = config.test_size if test else config.size
+    if config.source == "library":
+        return list(library_pairs(test)[:size])
+    return code_pairs(size, config.seed, test)
+
+
+Generated = GeneratedData | StoriesData | RecallData | RecordsData | FactsData | OthelloData | CodeData
+DataConfig = Generated | FileData | HubData
 Beside = Pairs | Compressed
 
 
@@ -255,6 +288,8 @@ def _read(config: DataConfig) -> tuple[str, Placed, Placed | None, bool]:
         if isinstance(config, FactsData):
             made = fact_examples(config.stage, size, config.facts, config.seed, test)
             return [("a context of facts", example) for example in made]
+        if isinstance(config, CodeData):
+            return [("a function", example) for example in code_examples(config, test)]
         return [(example.task, example) for example in generate(config.tasks, size, config.seed, test)]
 
     chat = isinstance(config, GeneratedData) and config.chat

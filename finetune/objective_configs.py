@@ -3,11 +3,13 @@
 import dataclasses
 from typing import Any, Literal
 
+from finetune.codet5plus import CodeT5PlusConfig, codet5plus
 from finetune.distillation import DistillationConfig, distillation
 from finetune.emo import EmoConfig, emo, head_directions
-from finetune.objectives import Objective, cross_entropy
+from finetune.objectives import BatchObjective, Objective, cross_entropy
 from models.encoder_decoder import Network, writing_stack
 from models.errors import InputError
+from models.weights.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,7 @@ class CrossEntropyConfig:
             raise InputError(f"z_loss must not be negative, got {self.z_loss}")
 
 
-ObjectiveConfig = CrossEntropyConfig | EmoConfig | DistillationConfig
+ObjectiveConfig = CrossEntropyConfig | EmoConfig | DistillationConfig | CodeT5PlusConfig
 
 
 def make_objective(
@@ -36,7 +38,9 @@ def make_objective(
     num_tokens: int,
     teacher: tuple[Network, Any] | None = None,
     stop_tokens: tuple[int, ...] = (),
-) -> Objective:
+    tokenizer: Tokenizer | None = None,
+    lengths: tuple[int, int] | None = None,
+) -> Objective | BatchObjective:
     """Returns the objective that a config stands for.
 
     Args:
@@ -46,6 +50,8 @@ def make_objective(
         num_tokens: ids of the tokenizer; a model's vocabulary may have rows behind them, as padding.
         teacher: (network, parameters) of the model that a `DistillationConfig` names, of the same tokenizer.
         stop_tokens: that end what a model writes, where an objective lets it write.
+        tokenizer: of the model; objectives that look at tokens need it.
+        lengths: tokens of the longest text that an encoder reads, and of the longest row; for objectives on pairs.
 
     Raises:
         InputError: more ids than a model has rows for, or distillation without a teacher.
@@ -59,6 +65,8 @@ def make_objective(
             raise InputError("distillation needs a teacher: pass teacher=(model, params)")
         _check_tokens("the teacher", teacher[0], num_tokens)
         return distillation(config, *teacher, num_tokens, model, stop_tokens)
+    if isinstance(config, CodeT5PlusConfig):
+        return codet5plus(config, model, tokenizer, lengths)
     return cross_entropy(config.z_loss)
 
 

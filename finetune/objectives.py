@@ -1,4 +1,4 @@
-"""What is minimised, as plug-ins that give one value per token.
+"""What is minimised, as plug-ins: most give one value per token, some one for a whole batch.
 
 An `Objective` sees the logits of a chunk of tokens at a time, so that logits of a whole batch need never be kept. What
 it needs beside logits and labels is in `constants` (read once per run: a teacher, a table of costs) and `context` (once
@@ -41,6 +41,26 @@ class Objective(NamedTuple):
     constants: Any = None
     context: Callable[[Any, Batch], Any] = _nothing
     training_rows: Callable[[Any, Batch], Batch] = _same
+
+
+class BatchObjective(NamedTuple):
+    """A loss over a batch as a whole.
+
+    Attributes:
+        prepare: (batch of numpy arrays, updates made) -> the tree of arrays [1, B, ...] that `loss` reads, pure; each
+            process prepares its own rows.
+        start: parameters -> the objective's own state before the first update: arrays that nothing else holds.
+        loss: (parameters, own state, batch of arrays [B, ...]) -> (mean f32[], {name: f32[], `tokens` among them: how
+            many were predicted}, what `follow` needs).
+        follow: (own state, parameters behind the update, what `loss` has left) -> own state.
+        constants: None: what it reads, it carries.
+    """
+
+    prepare: Callable[[Any, int], Any]
+    start: Callable[[Any], Any]
+    loss: Callable[[Any, Any, Any], tuple[jax.Array, dict[str, jax.Array], Any]]
+    follow: Callable[[Any, Any, Any], Any]
+    constants: None = None
 
 
 def cross_entropy(z_loss: float = 0.0) -> Objective:

@@ -64,7 +64,7 @@ def _streams(module: Network, batch: Batch, mesh: Mesh | None) -> jax.Array:
     if batch.source is not None:
         tokens, lengths = batch.source
         places = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
-        encoded = module.read(keep_rows(module.embed(tokens, places), mesh), lengths)
+        encoded = module.read(keep_rows(module.embed_source(tokens, places), mesh), lengths)
     x = keep_rows(module.embed(batch.tokens, batch.positions), mesh)
     return module.layers(x, batch.positions, attend=segment_attend, ctx=batch.segments, encoded=encoded)[0]
 

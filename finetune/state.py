@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from finetune.adapters import adapter as adapters
 from finetune.adapters.adapter import Adapter
@@ -49,11 +50,13 @@ class TrainState:
         step: i32[], updates made.
         trainable: the trained values, float32: an adapter's, or a whole model's parameters.
         opt_state: the optimiser's.
+        own: the objective's own (`finetune.objectives.BatchObjective`); {}: it has none.
     """
 
     step: jax.Array
     trainable: Any
     opt_state: Any
+    own: Any = struct.field(default_factory=dict)
 
 
 class Constants(NamedTuple):
@@ -93,6 +96,20 @@ def full_tuning(dtypes: Any) -> Method:
     return Method(attach, attach, lambda inner, steps: inner)
 
 
+def part_tuning(dtypes: Any) -> Method:
+    """Trains some of the parameters, in float32; all others are the base, and stay as they are.
+
+    Args:
+        dtypes: of the trained ones, a tree: the model runs with them in these.
+    """
+
+    def attach(base, frozen, trainable):
+        cast = jax.tree.map(lambda value, dtype: value.astype(dtype), trainable, dtypes)
+        return unflatten_dict({**flatten_dict(base), **flatten_dict(cast)})
+
+    return Method(attach, attach, lambda inner, steps: inner)
+
+
 def adapter_tuning(adapter: Adapter) -> Method:
     """Trains an adapter's values alone."""
 
@@ -127,6 +144,6 @@ def with_whole(inner: Method, parts: tuple[str, ...]) -> Method:
     return Method(attach, merge, lambda optimizer, steps: optimizer, inner.no_decay)
 
 
-def new_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first update."""
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+def new_state(trainable: Any, optimizer: optax.GradientTransformation, own: Any = None) -> TrainState:
+    """Returns the state before the first update; `own` is the objective's, None where it has none."""
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), {} if own is None else own)

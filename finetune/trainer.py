@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from finetune.objectives import Objective
+from finetune.objectives import BatchObjective, Objective
 from finetune.reading import read_batch
 from finetune.state import Batch, Constants, Method, TrainState
 from models.encoder_decoder import Network, writing_stack
@@ -121,7 +121,7 @@ def columns(tree: Any, width: int) -> Any:
 
 def make_train_step(
     model: Network,
-    objective: Objective,
+    objective: Objective | BatchObjective,
     method: Method,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
@@ -130,11 +130,34 @@ def make_train_step(
     """Returns the jitted update (state, constants, batch) -> (state, metrics); the old state's buffers are given up.
 
     The gradient is that of the mean over all tokens of the batch that are to be predicted, however they are spread over
-    its micro-batches. Metrics are f32[]: loss, the objective's further figures, grad_norm (before clipping),
-    learning_rate, tokens (predicted).
+    its micro-batches; of a `BatchObjective` that of its mean over the batch. Metrics are f32[]: loss, the objective's
+    further figures, grad_norm (before clipping), learning_rate, tokens (predicted).
     """
+    gradient = (
+        _whole_gradient(objective, method)
+        if isinstance(objective, BatchObjective)
+        else _mean_gradient(model, objective, method, mesh)
+    )
 
-    def gradient(trainable, constants, batch):
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, constants: Constants, batch: Any) -> tuple[TrainState, Metrics]:
+        grads, metrics, left = gradient(state, constants, batch)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to counts
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+            rate = jnp.asarray(schedule(state.step), jnp.float32)
+        trainable, own = optax.apply_updates(state.trainable, updates), state.own
+        if isinstance(objective, BatchObjective):
+            own = objective.follow(own, method.attach(constants.base, constants.frozen, trainable), left)
+        metrics |= {"grad_norm": optax.tree_utils.tree_norm(grads), "learning_rate": rate}
+        return keep_split(TrainState(state.step + 1, trainable, opt_state, own), mesh), metrics
+
+    return train_step
+
+
+def _mean_gradient(model: Network, objective: Objective, method: Method, mesh: Mesh | None) -> Callable[..., Any]:
+    """Returns (state, constants, batch) -> (gradient, metrics, nothing) of the mean over a batch's tokens."""
+
+    def of_part(trainable, constants, batch):
         def of(trainable):
             params = method.attach(constants.base, constants.frozen, trainable)
             rows = objective.training_rows(jax.lax.stop_gradient(params), batch)
@@ -143,19 +166,30 @@ def make_train_step(
         (loss, figures), grads = jax.value_and_grad(of, has_aux=True)(trainable)
         return grads, figures | {"loss": loss}
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, constants: Constants, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, sums = _added(lambda part: gradient(state.trainable, constants, part), batch)
+    def gradient(state, constants, batch):
+        grads, sums = _added(lambda part: of_part(state.trainable, constants, part), batch)
         tokens = jnp.maximum(sums.pop("tokens"), 1.0)
         grads, metrics = jax.tree.map(lambda value: value / tokens.astype(value.dtype), (grads, sums))
-        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to counts
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-            rate = jnp.asarray(schedule(state.step), jnp.float32)
-        trainable = optax.apply_updates(state.trainable, updates)
-        metrics |= {"grad_norm": optax.tree_utils.tree_norm(grads), "learning_rate": rate, "tokens": tokens}
-        return keep_split(TrainState(state.step + 1, trainable, opt_state), mesh), metrics
+        return grads, metrics | {"tokens": tokens}, None
 
-    return train_step
+    return gradient
+
+
+def _whole_gradient(objective: BatchObjective, method: Method) -> Callable[..., Any]:
+    """Returns (state, constants, batch) -> (gradient, metrics, what the objective has left) of a whole batch's loss."""
+
+    def gradient(state, constants, batch):
+        whole = jax.tree.map(lambda value: value[0], batch)
+
+        def of(trainable):
+            params = method.attach(constants.base, constants.frozen, trainable)
+            loss, figures, left = objective.loss(params, state.own, whole)
+            return loss, (figures | {"loss": loss}, left)
+
+        (_, (metrics, left)), grads = jax.value_and_grad(of, has_aux=True)(state.trainable)
+        return grads, metrics, left
+
+    return gradient
 
 
 def make_eval_step(

@@ -167,7 +167,7 @@ class BlockConfig:
     """One pre-norm transformer block.
 
     `post_norms` adds a norm at the end of each branch (Gemma 2 and 3), `cross` a branch between attention and MLP that
-    attends to what an encoder has read.
+    attends to what an encoder has read, and `cross_gate` a learned factor on that branch, 0 at first.
     """
 
     attention: AttentionConfig
@@ -175,6 +175,7 @@ class BlockConfig:
     norm: NormConfig = NormConfig()
     post_norms: bool = False
     cross: AttentionConfig | None = None
+    cross_gate: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,14 +219,35 @@ class EncoderDecoderConfig:
     """A model that reads a text with one stack and writes another with a second one that attends to it.
 
     Attributes:
-        encoder: the stack that reads; it has no embedding of its own, its `max_length` is the longest text it takes.
-        decoder: the stack that writes, with embeddings; its blocks have `cross`.
+        encoder: the stack that reads; its `max_length` is the longest text it takes.
+        decoder: the stack that writes, with embeddings; some or all of its blocks have `cross`. Without any block the
+            model reads only, and has nothing but the embeddings here.
         start_token: what the written text begins with (not part of it).
+        own_embedding: whether the encoder has an embedding of its own; else it reads that of the decoder.
+        embedding_width: E, of the vector that stands for a whole text; None: there is none.
+        matching: whether there is a head that tells whether a written text fits the one that was read.
     """
 
     encoder: DecoderConfig
     decoder: DecoderConfig
     start_token: int = 0
+    own_embedding: bool = False
+    embedding_width: int | None = None
+    matching: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.own_embedding and self.encoder.width != self.decoder.width:
+            raise InputError(
+                f"an encoder of width {self.encoder.width} cannot read the embedding of a decoder of width "
+                f"{self.decoder.width}: set own_embedding"
+            )
+        if self.reads_only and (self.matching or self.embedding_width is None):
+            raise InputError("a model without a decoder's blocks needs an embedding_width, and cannot have matching")
+
+    @property
+    def reads_only(self) -> bool:
+        """Whether there is an encoder alone."""
+        return not self.decoder.blocks
 
     @property
     def family(self) -> str:

@@ -79,13 +79,16 @@ class Block(nn.Module):
             self.post_attention_norm, self.post_mlp_norm = Norm(config.norm), Norm(config.norm)
         if config.cross is not None:
             self.cross_norm, self.cross = Norm(config.norm), CrossAttention(config.cross, self.width)
+            if config.cross_gate:
+                self.cross_gate = self.param("cross_gate", nn.initializers.zeros, ())
 
     def __call__(self, x, rotary, cache, attend: Attend, ctx, layer: int, bias=None, text: LayerCache | None = None):
         """Returns (x, cache, ctx) after the block: see `models.attention.Attention`, and `CrossAttention` for text."""
         out, cache, ctx = self.attention(self.attention_norm(x), rotary, cache, attend, ctx, layer, bias)
         x = x + (self.post_attention_norm(out) if self.config.post_norms else out)
         if self.config.cross is not None:
-            x = x + self.cross(self.cross_norm(x), text)
+            found = self.cross(self.cross_norm(x), text)
+            x = x + (self.cross_gate.astype(x.dtype) * found if self.config.cross_gate else found)
         out = self.mlp(self.mlp_norm(x))
         return x + (self.post_mlp_norm(out) if self.config.post_norms else out), cache, ctx
 

@@ -79,9 +79,12 @@ class ScratchConfig:
         bias: whether linear layers have biases.
         experts: in place of each MLP; None: there are none.
         max_length: tokens; the longest context, and the longest text that an encoder reads.
-        tokenizer: "bytes", "stories" (a word each, of the stories that code writes), "othello" (its moves), or a model
-            (a name or a path) whose tokenizer is used.
+        tokenizer: "bytes", "stories" (a word each, of the stories that code writes), "othello" (its moves), "code"
+            (`finetune.code_tokenizer`: pairs of texts and functions), or a model (a name or a path) whose tokenizer is
+            used.
         encoder_layers: of an encoder that reads prompts; 0: a decoder-only model.
+        embedding_width: E of a vector for each text that an encoder reads; null: there is none.
+        matching: whether there is a head that tells whether two texts belong together; needs an encoder.
     """
 
     layers: int = 6
@@ -96,12 +99,18 @@ class ScratchConfig:
     max_length: int = 512
     tokenizer: str = "bytes"
     encoder_layers: int = 0
+    embedding_width: int | None = None
+    matching: bool = False
 
     def __post_init__(self) -> None:
         if min(self.layers, self.width, self.heads, self.kv_heads, self.mlp_width, self.max_length) < 1:
             raise InputError("layers, width, heads, kv_heads, mlp_width and max_length must be at least 1")
         if self.encoder_layers < 0:
             raise InputError(f"encoder_layers must not be negative (0: no encoder), got {self.encoder_layers}")
+        if not self.encoder_layers and (self.embedding_width is not None or self.matching):
+            raise InputError("embedding_width and matching are of models with an encoder: set encoder_layers")
+        if self.embedding_width is not None and self.embedding_width < 1:
+            raise InputError(f"embedding_width must be at least 1 (or null for none), got {self.embedding_width}")
         if self.width % (2 * self.heads):
             raise InputError(f"width {self.width} must be a multiple of twice the heads, {self.heads}")
         feed_forward(self)
@@ -128,4 +137,5 @@ def scratch_model(config: ScratchConfig, vocab_size: int) -> Network:
         return network(stack((block,) * config.layers))
     cross = dataclasses.replace(block, cross=dataclasses.replace(attention, rope=None))
     encoder, decoder = stack((block,) * config.encoder_layers), stack((cross,) * config.layers)
-    return network(EncoderDecoderConfig(encoder, decoder))
+    heads = {"embedding_width": config.embedding_width, "matching": config.matching}
+    return network(EncoderDecoderConfig(encoder, decoder, **heads))

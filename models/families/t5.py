@@ -1,6 +1,7 @@
 """T5 (1910.10683), T5 v1.1 and Flan-T5 (2210.11416), CodeT5 and CodeT5+ 220M and 770M (2305.07922): encoder-decoders
 with relative position biases, unscaled attention and RMSNorm. v1.1 and its successors have gated MLPs and an output
-matrix of their own.
+matrix of their own. Of CodeT5+ there are also an encoder alone, which gives a vector for a text, and a 220M model with
+that projection and a head that matches texts; transformers itself has neither, and their code comes with the files.
 """
 
 from collections.abc import Mapping
@@ -17,15 +18,20 @@ from models.config import (
 )
 from models.families.common import Family, Row, activation, field, keep, transpose
 
+EMBEDDING, BIMODAL = "codet5p_embedding", "codet5p_bimodal"
+
 
 def read_config(config: Mapping[str, Any]) -> EncoderDecoderConfig:
     """Maps a Hugging Face T5 config to ours."""
-    layers = field(config, "num_layers")
+    layers, kind = field(config, "num_layers"), config.get("model_type")
+    written = 0 if kind == EMBEDDING else config.get("num_decoder_layers") or layers
     tied = bool(config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True)))
     return EncoderDecoderConfig(
         encoder=_stack(config, layers, tied, encoder=True),
-        decoder=_stack(config, config.get("num_decoder_layers") or layers, tied, encoder=False),
+        decoder=_stack(config, written, tied, encoder=False),
         start_token=config.get("decoder_start_token_id") or config.get("pad_token_id") or 0,
+        embedding_width=field(config, "embed_dim") if kind in (EMBEDDING, BIMODAL) else None,
+        matching=kind == BIMODAL,
     )
 
 
@@ -82,11 +88,15 @@ def _stack_table(ours: str) -> dict[str, Row]:
 
 FAMILY = Family(
     name="t5",
-    model_types=("t5",),
+    model_types=("t5", EMBEDDING, BIMODAL),
     read_config=read_config,
     hf={
         "decoder/embedding/embedding": Row("shared.weight", transpose),
         "decoder/unembedding/kernel": Row("lm_head.weight", transpose),
+        "projection/kernel": Row("proj.weight", transpose),
+        "projection/bias": Row("proj.bias", keep),
+        "matching/kernel": Row("itm_head.weight", transpose),
+        "matching/bias": Row("itm_head.bias", keep),
         **_stack_table("encoder"),
         **_stack_table("decoder"),
     },

@@ -9,7 +9,9 @@ import sys
 import pytest
 
 from experiments.schema import build
-from finetune.data import DataConfig, GeneratedData, read_data
+from finetune.code_tokenizer import code_tokenizer
+from finetune.data import CodeData, DataConfig, GeneratedData, code_examples, read_data
+from finetune.rows import Pairs
 from finetune.sources import Columns, FileData, HubData
 from models.errors import InputError
 from models.weights.byte_tokenizer import byte_tokenizer
@@ -52,6 +54,20 @@ def test_generated_data_has_rows_and_questions():
     for question in data.questions:
         assert TOKENIZER.decode(question.tokens) == question.example.prompt
         assert question.example.prompt + question.example.completion in texts(data.test)
+
+
+@pytest.mark.parametrize("source", ["generated", "library"])
+def test_descriptions_are_read_and_functions_are_written(source):
+    tokenizer, config = code_tokenizer(), CodeData(source=source, size=12, test_size=6)
+    data = read_data(config, tokenizer, 20_000, Pairs(0, 4000))
+    assert (len(data.train), len(data.test), len(data.questions)) == (12, 6, 6)
+    rows, question = data.test, data.questions[0]
+    assert tokenizer.decode(rows.sources[: rows.source_starts[1]]) == question.example.prompt
+    row = rows.tokens[: rows.starts[1]].tolist()
+    assert row[0] == 0 and row[-1] == tokenizer.eos_id and tokenizer.decode(row) == question.example.completion
+    assert not {one.example.prompt for one in data.questions} & {one.prompt for one in code_examples(config, False)}
+    with pytest.raises(InputError, match="size must be at least 1"):
+        CodeData(size=0)
 
 
 def test_generated_data_as_chat():
