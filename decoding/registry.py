@@ -3,6 +3,8 @@
 from decoding.autoregressive import GREEDY, SAMPLE
 from decoding.entropy_adaptive import ENTROPY_ADAPTIVE
 from decoding.grammar.constrained import CONSTRAINED
+from decoding.knob import KNOB
+from decoding.lexical_unit import LEXICAL_UNIT
 from decoding.method import Method
 from decoding.search.beam import BEAM
 from decoding.search.contrastive import CONTRASTIVE
@@ -12,6 +14,7 @@ from decoding.sparse.lserve import LSERVE
 from decoding.sparse.streaming import STREAMING
 from decoding.sparse.tidal import TIDAL
 from decoding.speculative.aded import ADED
+from decoding.speculative.chimera import CHIMERA
 from decoding.speculative.clover import CLOVER
 from decoding.speculative.dyspec import DYSPEC
 from decoding.speculative.eagle import EAGLE
@@ -30,6 +33,7 @@ METHODS: dict[str, Method] = {
     "sample": SAMPLE,
     "aded": ADED,
     "beam": BEAM,
+    "chimera": CHIMERA,
     "clover": CLOVER,
     "constrained": CONSTRAINED,
     "contrastive": CONTRASTIVE,
@@ -39,6 +43,8 @@ METHODS: dict[str, Method] = {
     "eagle": EAGLE,
     "entropy_adaptive": ENTROPY_ADAPTIVE,
     "hidden_transfer": HIDDEN_TRANSFER,
+    "knob": KNOB,
+    "lexical_unit": LEXICAL_UNIT,
     "lserve": LSERVE,
     "medusa": MEDUSA,
     "ppd": PPD,

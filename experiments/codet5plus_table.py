@@ -15,7 +15,7 @@ from experiments.kept import cell_key, keep, read_kept
 from experiments.train_config import TrainConfig
 from experiments.train_table import Figures, TrainClaim
 from finetune.codet5plus import CodeT5PlusConfig
-from finetune.data import CodeData
+from finetune.data_configs import CodeData
 
 
 @dataclasses.dataclass(frozen=True)

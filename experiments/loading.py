@@ -80,7 +80,7 @@ class Loader:
             name: the model.
             method: a decoding method.
             options: its own static options; `latency: measured` stands for the curve of this machine, `gates: measured`
-                or a seed for those of `experiments.gates`.
+                or a seed for those of `experiments.gates`, a file as `direction` for the layer and direction in it.
             draft: the model that drafts, or None.
             head: the draft's acceptance head, or None; or the model's own draft head, which brings its settings and
                 accuracy into the options.
@@ -103,6 +103,8 @@ class Loader:
             options["latency"] = _curve(model, params, context)
         if method == "lserve":
             options = self.with_gates(name, options)
+        if method == "knob" and isinstance(options.get("direction"), str | Path):
+            options |= self._direction(name, Path(options["direction"]), params)
         if draft is not None:
             options["draft"], drafts, _ = self.model(draft)
             params = WithDraft(
@@ -119,7 +121,6 @@ class Loader:
 
     def _own_head(self, name: str, method: str, params: Any, head: Path | None) -> tuple[dict[str, Any], Any]:
         """Returns what a draft head's file brings into the options, and the head's values."""
-        from finetune.adapters.saved import base_of
         from finetune.saved_heads import load_draft_head
 
         if head is None:
@@ -127,10 +128,23 @@ class Loader:
                 f"method {method!r} drafts with a trained head: name its file with --head; python -m "
                 f"experiments.train_draft_head --config configs/train/{method}.yaml trains one"
             )
+        saved = load_draft_head(head, self._base(name, params), method)
+        return {"head": saved.config, "accuracy": saved.accuracy}, saved.values
+
+    def _base(self, name: str, params: Any) -> Any:
+        """Returns what identifies a model."""
+        from finetune.adapters.saved import base_of
+
         if name not in self._bases:
             self._bases[name] = base_of(name, params)
-        saved = load_draft_head(head, self._bases[name], method)
-        return {"head": saved.config, "accuracy": saved.accuracy}, saved.values
+        return self._bases[name]
+
+    def _direction(self, name: str, path: Path, params: Any) -> dict[str, Any]:
+        """Returns what the file of a trained direction brings into the options of `knob`."""
+        from finetune.knob import load_direction
+
+        saved = load_direction(path, self._base(name, params))
+        return {"layer": saved.layer, "direction": tuple(saved.direction.tolist())}
 
     def with_gates(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """Returns options of `lserve` with gates in numbers; those of a model, sink and window are measured once."""

@@ -15,6 +15,10 @@ _SHARED = {
     "parameters": ("parameters", ",.0f"),
     "active": ("of them active", ",.0f"),
     HELD_OUT: ("held-out cross-entropy", ".4f"),
+    "floor": ("of the law itself", ".4f"),
+    "coverage": ("coverage", ".3f"),
+    "coverage_shuffled": ("of shuffled labels", ".3f"),
+    "reconstruction": ("reconstruction", ".3f"),
 }
 _WORK = {
     "l0": ("neurons other than zero", ".1f"),
@@ -24,12 +28,7 @@ _WORK = {
     "load_most": ("most used expert", ".3f"),
     "perf/step_seconds": ("seconds per update", ".3f"),
 }
-_BOARD = {
-    "coverage": ("coverage", ".3f"),
-    "coverage_shuffled": ("of shuffled boards", ".3f"),
-    "reconstruction": ("reconstruction", ".3f"),
-    "conflicts": ("squares with two owners", ".4f"),
-}
+_BOARD = {"conflicts": ("squares with two owners", ".4f")}
 _TEXT = {
     "detection": ("detection", ".3f"),
     "detection_shuffled": ("of shuffled properties", ".3f"),
@@ -63,14 +62,15 @@ def markdown(config: "MoeXTableConfig", rows: Rows) -> str:
 
 _BOARD_MEASURES = (
     "Coverage: for each of 128 properties (a square with a disc of the player to move, or of the other one) the best "
-    "F1 of any neuron, on average; that of shuffled boards is what neurons get by firing often. Reconstruction: F1 "
-    "over the squares of further games, told from neurons that are right in 95 % of their firings. The paper's figures "
-    "are loss, coverage and reconstruction on chess."
+    "F1 of any neuron, on average; that of shuffled labels is what neurons get by firing often. Reconstruction: F1 "
+    "over the squares of further games, told from neurons that are right in 95 % of their firings. The law itself "
+    "draws evenly from the legal moves. The paper's figures are loss, coverage and reconstruction on chess."
 )
 _TEXT_MEASURES = (
-    "Detection: a neuron is explained by the one known property (the word, the place in the sentence, who is told of, "
-    "the verb) that fits its firings best; by it tokens of further stories are told where it fires, 0.5 is chance. The "
-    "paper lets language models write and use explanations, so that its figures do not compare."
+    "Coverage and reconstruction are of the state of the law that writes the stories: the place in the sentence, who "
+    "is told of, the verb. Detection: a neuron is explained by the one known property, a word or a part of the state, "
+    "that fits its firings best; by it tokens of further stories are told where it fires, 0.5 is chance. The paper "
+    "lets language models write and use explanations, so that its figures do not compare."
 )
 
 
@@ -86,11 +86,12 @@ def _part(rows: Rows, part: str) -> dict[str, dict[str, float]]:
 def _about(config: "MoeXTableConfig", part: str) -> str:
     run, size = getattr(config, part), config.size
     shape = run.scratch
-    runs = f", the mean and its standard error over {size.seeds} runs" if size.seeds > 1 else ""
+    runs = f"means and standard errors of {size.seeds} runs" if size.seeds > 1 else "one run each"
+    turns = f" Games are broken off after {size.turns} turns." if part == "board" and size.turns is not None else ""
     return (
         f"Models of {shape.layers} layers, width {shape.width}, with {shape.mlp_width} neurons at work on a token; "
-        f"{getattr(size, part)} updates of {run.batch_size} rows of {run.length} tokens{runs}. Neurons are those of "
-        f"layer {config.layer} (from 0), measured on {size.texts} held-out texts and tested on as many more."
+        f"{getattr(size, part)} updates of {run.batch_size} rows of {run.length} tokens, {runs}.{turns} Neurons are "
+        f"those of layer {config.layer} (from 0), measured on {size.texts} held-out texts and tested on as many more."
     )
 
 

@@ -17,7 +17,7 @@ from experiments.config import dump_config
 from experiments.kept import cell_key, keep, read_kept
 from experiments.train_config import TrainConfig
 from experiments.train_table import HELD_OUT, Figures, TrainClaim, TrainRow
-from finetune.data import OthelloData, StoriesData
+from finetune.data_configs import OthelloData, StoriesData
 from models.config import Activation
 from models.growth import GrowthConfig
 from models.scratch import ExpertsConfig, ScratchConfig
@@ -45,23 +45,25 @@ class MoeXPreset:
 
     board: int = 100  # updates on games
     text: int = 100  # updates on stories
+    games: int = 20_000  # to train on
+    turns: int | None = None  # of a game, at most; None: whole games
     texts: int = 20  # held-out texts that neurons are chosen on, and as many that they are tested on
     per_decile: int = 10  # tokens of each tenth of a feature's strengths, of which its explanation is asked
     rows: tuple[str, ...] = ()  # which; none: all
     seeds: int = 1  # runs of each row
 
     def __post_init__(self) -> None:
-        if min(self.board, self.text, self.texts, self.per_decile, self.seeds) < 1:
-            raise ValueError("board, text, texts, per_decile and seeds must be at least 1")
+        if min(self.board, self.text, self.games, self.texts, self.per_decile, self.seeds) < 1:
+            raise ValueError("board, text, games, texts, per_decile and seeds must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
 class MoeXPresets:
     """The sizes that the table can be run at."""
 
-    smoke: MoeXPreset = MoeXPreset(2, 2, 4, 1)
+    smoke: MoeXPreset = MoeXPreset(2, 2, 100, 9, 4, 1)
     cpu: MoeXPreset = MoeXPreset()
-    gpu: MoeXPreset = MoeXPreset(5000, 5000, 500, 10, (), 3)
+    gpu: MoeXPreset = MoeXPreset(5000, 5000, texts=500, seeds=3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ class MoeXTableConfig:
     type: Literal["moe_x"] = "moe_x"
     table: str = "moe_x"  # its name, and its folder's
     title: str = ""
-    # What all rows share; of the shape, activation and experts are the row's.
+    # What all rows share; activation and experts of the shape are the row's, and what the preset says is the preset's.
     board: TrainConfig = TrainConfig(scratch=_PLAIN, adapter=None, data=OthelloData())
     text: TrainConfig = TrainConfig(scratch=_PLAIN, adapter=None, data=StoriesData())
     rows: tuple[MoeXRow, ...] = (MoeXRow(),)
@@ -112,6 +114,13 @@ class MoeXTableConfig:
             wanted |= {row.start} if row.name in wanted else set()
         return tuple(row for row in self.rows if row.name in wanted)
 
+    def data(self, part: Part) -> OthelloData | StoriesData:
+        """Returns what a part is trained on at this preset."""
+        data = getattr(self, part).data
+        if isinstance(data, StoriesData):
+            return data
+        return dataclasses.replace(data, size=self.size.games, turns=self.size.turns)
+
     @property
     def folder(self) -> Path:
         """Where results go."""
@@ -145,12 +154,9 @@ def measure(config: MoeXTableConfig) -> dict[str, Figures]:
             figures = train_table.averaged(runs)
             found[row.name] |= {f"{part}/{name}": value for name, value in figures.items()}
             loss = f"loss {figures[HELD_OUT]:.4f}  " if HELD_OUT in figures else ""
-            print(f"{part:<6} {row.name:<28} {loss}{_main(part)} {figures.get(_main(part), 0.0):.3f}", flush=True)
+            told = figures.get("reconstruction", 0.0)
+            print(f"{part:<6} {row.name:<28} {loss}reconstruction {told:.3f}", flush=True)
     return found
-
-
-def _main(part: Part) -> str:
-    return "reconstruction" if part == "board" else "detection"
 
 
 def _run(config: MoeXTableConfig, part: Part, row: MoeXRow, seed: int) -> tuple[Path, TrainConfig]:
@@ -160,7 +166,8 @@ def _run(config: MoeXTableConfig, part: Part, row: MoeXRow, seed: int) -> tuple[
     """
     shared, folder = getattr(config, part), config.folder / part
     evaluation = dataclasses.replace(shared.evaluation, every=0, examples=0)
-    run = dataclasses.replace(shared, adapter=None, steps=getattr(config.size, part), evaluation=evaluation)
+    steps = getattr(config.size, part)
+    run = dataclasses.replace(shared, adapter=None, data=config.data(part), steps=steps, evaluation=evaluation)
     growth = None
     if row.start:
         start = next(other for other in config.rows if other.name == row.start)
@@ -196,33 +203,43 @@ def _measured(config: MoeXTableConfig, part: Part, row: MoeXRow, seed: int, prob
 
 
 class Probe(NamedTuple):
-    """Held-out texts: the tokens of each, and what holds behind each of their tokens but the first, bool[N, P].
+    """Held-out texts, the first half for choosing neurons, the second for testing them.
 
-    The first half is for choosing neurons, the second for testing them.
+    Attributes:
+        tokens: of each text.
+        train: bool[N, P], what holds behind each token of the first half but a text's first.
+        test: the same of the second half.
+        state: the properties that are what a model has to keep in mind, all but the words themselves.
+        floor: minus the log-probability of a token, in nats, under the law that wrote the texts: no loss is below it.
     """
 
     tokens: list[list[int]]
     train: np.ndarray
     test: np.ndarray
+    state: slice
+    floor: float
 
 
 def _read_probe(config: MoeXTableConfig, part: Part) -> Probe:
     """Returns the texts of a part."""
     from experiments.scratch_tokenizers import scratch_tokenizer
-    from finetune.othello import board_properties, games
-    from finetune.stories import stories, story_properties
+    from finetune import othello, stories
 
-    data, half = getattr(config, part).data, config.size.texts
+    data, half = config.data(part), config.size.texts
     tokenizer = scratch_tokenizer(getattr(config, part).scratch.tokenizer)
     if isinstance(data, OthelloData):
-        texts = games(2 * half, data.seed, True)
-        held = [board_properties(text.split())[1:] for text in texts]
+        texts = [text.split() for text in othello.games(2 * half, data.seed, True, data.turns)]
+        held = [othello.board_properties(text)[1:] for text in texts]
+        surprise, state = [othello.surprise(text) for text in texts], slice(None)
     else:
-        texts = stories(2 * half, data.words, data.domains, data.seed, True)
+        texts = [text.split() for text in stories.stories(2 * half, data.words, data.domains, data.seed, True)]
         domains = [data.domains[number % len(data.domains)] for number in range(2 * half)]
-        held = [story_properties(text.split(), domain)[1:] for text, domain in zip(texts, domains, strict=True)]
-    tokens = [tokenizer.encode(text) for text in texts]
-    return Probe(tokens, np.concatenate(held[:half]), np.concatenate(held[half:]))
+        held = [stories.story_properties(*told)[1:] for told in zip(texts, domains, strict=True)]
+        surprise = [-np.array(list(stories.read(*told))[1:]) for told in zip(texts, domains, strict=True)]
+        state = slice(len(stories.vocabulary()), None)
+    tokens = [tokenizer.encode(" ".join(text)) for text in texts]
+    floor = float(np.concatenate(surprise).mean())
+    return Probe(tokens, np.concatenate(held[:half]), np.concatenate(held[half:]), state, floor)
 
 
 def _model(run: TrainConfig, row: MoeXRow) -> tuple[Any, Any]:
@@ -231,7 +248,7 @@ def _model(run: TrainConfig, row: MoeXRow) -> tuple[Any, Any]:
 
     if row.trained:
         return load_model(str(run.run_dir / "model"))[:2]
-    from experiments.training import load_base
+    from experiments.base_model import load_base
     from models.sharding import make_mesh
 
     base = load_base(run, make_mesh(run.mesh))
@@ -246,28 +263,26 @@ def _neurons(config: MoeXTableConfig, part: Part, model: tuple[Any, Any], probe:
     codes = hidden_codes(network, params, probe.tokens, config.layer, first=1)
     mixture = network.config.blocks[config.layer].mlp
     figures = sparsity(codes, getattr(mixture, "top_k", 0)) | _sizes(network.config, params)
-    cut = len(probe.train)
-    train, test = (codes.features[:cut], probe.train), (codes.features[cut:], probe.test)
-    if part == "board":
-        shuffled = np.random.default_rng(0).permutation(probe.train)
-        found = reconstruction(train, test, kinds=2)
-        figures |= {
-            "coverage": coverage(*train).value,
-            "coverage_shuffled": coverage(train[0], shuffled).value,
-            "reconstruction": found.f1,
-            "conflicts": found.conflicts,
-        }
-    else:
-        shuffled = np.random.default_rng(0).permutation(probe.test)
-        found = detection(train, test, per_decile=config.size.per_decile)
-        control = detection(train, (test[0], shuffled), per_decile=config.size.per_decile)
-        figures |= {
-            "detection": found.accuracy,
-            "detection/error": found.error,
-            "detection_shuffled": control.accuracy,
-            "asked": float(found.features),
-        }
-    return figures
+    cut, rng = len(probe.train), np.random.default_rng(0)
+    train, test = codes.features[:cut], codes.features[cut:]
+    held, held_test = probe.train[:, probe.state], probe.test[:, probe.state]
+    found = reconstruction((train, held), (test, held_test), kinds=2 if part == "board" else 1)
+    figures |= {
+        "floor": probe.floor,
+        "coverage": coverage(train, held).value,
+        "coverage_shuffled": coverage(train, rng.permutation(held)).value,
+        "reconstruction": found.f1,
+    }
+    if found.conflicts is not None:
+        return figures | {"conflicts": found.conflicts}
+    ask = functools.partial(detection, (train, probe.train), per_decile=config.size.per_decile)
+    asked, control = ask((test, probe.test)), ask((test, rng.permutation(probe.test)))
+    return figures | {
+        "detection": asked.accuracy,
+        "detection/error": asked.error,
+        "detection_shuffled": control.accuracy,
+        "asked": float(asked.features),
+    }
 
 
 def _sizes(config: Any, params: Any) -> Figures:

@@ -19,7 +19,7 @@ from experiments.kept import cell_key, keep, read_kept
 from experiments.runtime import machine
 from experiments.train_config import TrainConfig
 from experiments.train_table import Figures, TrainClaim, TrainRow
-from finetune.data import RecordsData
+from finetune.data_configs import RecordsData
 from finetune.distillation import DistillationConfig
 from finetune.objective_configs import CrossEntropyConfig
 from models.return_of_the_encoder import matched, num_parameters, split

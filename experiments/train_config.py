@@ -6,7 +6,7 @@ from typing import Literal
 
 from experiments.train_dolphin import DolphinTraining
 from finetune.adapters import AdapterConfig, LoraConfig
-from finetune.data import DataConfig, GeneratedData
+from finetune.data_configs import DataConfig, GeneratedData
 from finetune.distributed import DistributedConfig
 from finetune.objective_configs import CrossEntropyConfig, ObjectiveConfig
 from finetune.optimizers import OptimizerConfig

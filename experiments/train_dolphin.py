@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from experiments.base_model import Base
     from experiments.train_config import TrainConfig
-    from experiments.training import Base, Run
+    from experiments.training import Run
 
 FILE = "dolphin.safetensors"
 

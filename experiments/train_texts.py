@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.kept import cell_key, keep, read_kept
-from finetune.data import DataConfig, StoriesData, TrainingData, read_data
+from finetune.data import TrainingData, read_data
+from finetune.data_configs import DataConfig, StoriesData
 from finetune.rows import Rows
 from models.errors import InputError
 

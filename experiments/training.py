@@ -19,14 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from experiments.base_model import Base, load_base, objective_of, pairs_of
 from experiments.config import dump_config, save_config
-from experiments.joining import encoder_tuning, joined
+from experiments.joining import encoder_tuning
 from experiments.kept import locked
-from experiments.scratch_tokenizers import scratch_tokenizer
 from experiments.train_config import TrainConfig
-from experiments.train_dolphin import load_pair, save_pair
+from experiments.train_dolphin import save_pair
 from experiments.train_report import CompiledStep, Evaluator, Figures, Reporter
-from experiments.train_sources import pairs_of
 from finetune import state as states
 from finetune.adapters import make_adapter
 from finetune.adapters.adapter import Values, count, rebase, select
@@ -36,7 +35,6 @@ from finetune.checkpoints import Checkpoints
 from finetune.data import TrainingData, read_data
 from finetune.distributed import check_rows, global_batch, is_main, on_main, row_share
 from finetune.emo import EmoConfig, cosine_spread
-from finetune.objective_configs import DistillationConfig, make_objective
 from finetune.objectives import BatchObjective, Objective
 from finetune.optimizers import learning_rate, make_optimizer
 from finetune.packing import Batches
@@ -45,22 +43,10 @@ from finetune.run_log import RunLog
 from finetune.state import Batch, Constants, Method, TrainState
 from finetune.trainer import Hook, NotFinite, make_train_step, train
 from models.dolphin import PARTS
-from models.encoder_decoder import Network, decoder_only, init_params, network
+from models.encoder_decoder import Network, network
 from models.errors import InputError
-from models.growth import grow
 from models.sharding import build, make_mesh, place
 from models.weights.tokenizer import Tokenizer
-
-
-class Base(NamedTuple):
-    """The model that a run starts from; `name` is what an adapter of it will say that it belongs to."""
-
-    name: str
-    model: Network
-    params: Any
-    tokenizer: Tokenizer
-    reader: Tokenizer | None = None  # a compressor's
-    bases: Any = None  # what a pair of decoders is made of
 
 
 class Run(NamedTuple):
@@ -85,31 +71,6 @@ class Run(NamedTuple):
     step: Callable
 
 
-def load_base(config: TrainConfig, mesh: Mesh) -> Base:
-    """Loads the model to be trained, or makes a new one, spread over a mesh."""
-    from models.scratch import scratch_model
-    from models.weights.load import load_model
-
-    if config.scratch is None:
-        model, params, tokenizer = load_model(config.model, config.dtype, mesh)
-        if tokenizer is None:
-            raise InputError(f"{config.model} has no tokenizer.json: put the model's tokenizer.json into the folder")
-        name = Path(config.model).name
-        if config.growth is not None:
-            model, params = grow(decoder_only(model, "growth"), params, config.growth)
-        if config.join is not None:
-            model, params = joined(config, model, params, tokenizer)
-    else:
-        shape = config.scratch
-        tokenizer = scratch_tokenizer(shape.tokenizer)
-        model, name = scratch_model(shape, tokenizer.vocab_size), "scratch"
-        params = build(lambda: init_params(model, jax.random.key(config.seed)), mesh=mesh)
-    if config.length > model.config.max_length:
-        raise InputError(f"length {config.length} is more than the model's context of {model.config.max_length} tokens")
-    base = Base(name, network(model.config, config.remat), params, tokenizer)
-    return base if config.dolphin is None else load_pair(config, base, mesh)
-
-
 def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
     """Reads and makes everything, and takes up the newest checkpoint where there is one."""
     mesh = make_mesh(config.mesh)
@@ -121,7 +82,7 @@ def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
     part = dataclasses.replace(config, batch_size=config.batch_size // config.accumulate, accumulate=1)
     held_out = _batches(part, data.test, mesh) if len(data.test) and test else ()
     held_out = tuple(global_batch(held_out(step), mesh) for step in range(min(len(held_out), test)))
-    objective = _objective(config, base, mesh)
+    objective = objective_of(config, base, mesh)
     if isinstance(objective, BatchObjective):  # it has no loss of a row by itself
         held_out = ()
     notes = (*data.notes, *_about_costs(config, objective))
@@ -174,31 +135,6 @@ def _batches(config: TrainConfig, rows: Rows, mesh: Mesh) -> Batches:
         seed=config.seed,
         process_index=index,
         process_count=processes,
-    )
-
-
-def _objective(config: TrainConfig, base: Base, mesh: Mesh) -> Objective:
-    from models.weights.load import load_model
-
-    teacher = None
-    if isinstance(config.objective, DistillationConfig):
-        *teacher, tokenizer = load_model(config.objective.teacher, config.dtype, mesh)
-        if tokenizer is None or tokenizer.backend.get_vocab() != base.tokenizer.backend.get_vocab():
-            raise InputError(
-                f"the teacher {config.objective.teacher} reads other tokens than the model {base.name}: take a teacher "
-                "with the same tokenizer"
-            )
-    stops = tuple(base.tokenizer.stop_ids)
-    lengths = (config.source_length or config.length, config.length)
-    return make_objective(
-        config.objective,
-        base.model,
-        base.params,
-        base.tokenizer.vocab_size,
-        teacher,
-        stops,
-        tokenizer=base.tokenizer,
-        lengths=lengths,
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from experiments.config import load_config
 from experiments.runtime import run_main, setup_runtime
-from finetune.data import DataConfig, GeneratedData
+from finetune.data_configs import DataConfig, GeneratedData
 from models.errors import InputError
 from models.growth import GrowthConfig
 

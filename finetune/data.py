@@ -5,19 +5,27 @@ rows are read before the first update. Where no test split is named, one is take
 what is in them, so that equal rows are never on both sides and the order of a file does not matter.
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from decoding.contexts import SLOT
 from finetune.code_pairs import code_pairs
-from finetune.corpus import TASKS, Example, generate
-from finetune.facts import Stage, fact_examples
+from finetune.corpus import Example, generate
+from finetune.data_configs import (
+    CodeData,
+    DataConfig,
+    FactsData,
+    GeneratedData,
+    OthelloData,
+    RecallData,
+    RecordsData,
+    StoriesData,
+)
+from finetune.facts import fact_examples
 from finetune.library_code import library_pairs
 from finetune.othello import games
 from finetune.recall import recall_examples
-from finetune.records import TASKS as RECORD_TASKS
 from finetune.records import record_examples
 from finetune.rows import Compressed, Pairs, Row, Rows, as_chat, encode, fit, pair, with_context
 from finetune.sources import FileData, HubData, Item, Placed, read_source
@@ -25,172 +33,7 @@ from finetune.stories import stories
 from models.errors import InputError
 from models.weights.tokenizer import Tokenizer
 
-
-@dataclasses.dataclass(frozen=True)
-class GeneratedData:
-    """Tasks that code writes (`finetune.corpus`).
-
-    Attributes:
-        tasks: which, in turn.
-        size: examples to train on.
-        test_size: examples to test on; their questions are never among the former.
-        seed: of the examples.
-        chat: whether they become turns of the tokenizer's chat template.
-    """
-
-    type: Literal["generated"] = "generated"
-    tasks: tuple[str, ...] = tuple(TASKS)
-    size: int = 20_000
-    test_size: int = 500
-    seed: int = 0
-    chat: bool = False
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.test_size < 0:
-            raise InputError(f"size must be at least 1 and test_size at least 0, got {self.size} and {self.test_size}")
-
-
-@dataclasses.dataclass(frozen=True)
-class StoriesData:
-    """Stories that code writes, of a known law (`finetune.stories`); for models with the tokenizer `stories`.
-
-    Attributes:
-        size: stories to train on.
-        test_size: stories to test on.
-        words: words of a story, each of which is a token.
-        domains: whose laws, in turn.
-        seed: of the stories.
-    """
-
-    type: Literal["stories"] = "stories"
-    size: int = 2000
-    test_size: int = 100
-    words: int = 128
-    domains: tuple[int, ...] = (0,)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.test_size < 0 or self.words < 2:
-            raise InputError(
-                f"size must be at least 1, test_size 0 and words 2, got {self.size}, {self.test_size} and {self.words}"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class RecordsData:
-    """Questions on records, long to read and short to answer (`finetune.records`); for the tokenizer `stories`.
-
-    Attributes:
-        size: questions to train on.
-        test_size: questions to test on.
-        records: that each is asked of, 1 to 24; eight or nine words each.
-        tasks: of `finetune.records.TASKS`, in turn.
-        seed: of the records.
-    """
-
-    type: Literal["records"] = "records"
-    size: int = 20_000
-    test_size: int = 200
-    records: int = 12
-    tasks: tuple[str, ...] = RECORD_TASKS
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.test_size < 0 or self.records < 1:
-            raise InputError(
-                f"size and records must be at least 1 and test_size 0, got {self.size}, {self.records} and "
-                f"{self.test_size}"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class RecallData:
-    """Facts to be recalled from texts of filler (`finetune.recall`); for models with the tokenizer `stories`.
-
-    Attributes:
-        size: texts to train on, in each of which every fact is asked for.
-        test_size: texts to test on, with one question each.
-        words: of a text, before its questions.
-        facts: of a text.
-        seed: of the texts.
-    """
-
-    type: Literal["recall"] = "recall"
-    size: int = 20_000
-    test_size: int = 200
-    words: int = 64
-    facts: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.test_size < 0 or self.facts < 1 or self.words < 2 * self.facts:
-            raise InputError("size and facts must be at least 1, test_size 0, and words twice the facts")
-
-
-@dataclasses.dataclass(frozen=True)
-class OthelloData:
-    """Random games of Othello (`finetune.othello`); for models with the tokenizer `othello`.
-
-    Attributes:
-        size: games to train on, of about 61 tokens each.
-        test_size: games to test on.
-        seed: of the games.
-    """
-
-    type: Literal["othello"] = "othello"
-    size: int = 20_000
-    test_size: int = 200
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.test_size < 0:
-            raise InputError(f"size must be at least 1 and test_size at least 0, got {self.size} and {self.test_size}")
-
-
-@dataclasses.dataclass(frozen=True)
-class FactsData:
-    """Contexts of facts, and what is to be said of them (`finetune.facts`); for models that read contexts apart.
-
-    Attributes:
-        stage: what is to be said: the context again, what follows from it, or the answer to a question.
-        size: examples to train on.
-        test_size: examples to test on, of other contexts.
-        facts: sentences of a context.
-        seed: of the examples.
-    """
-
-    type: Literal["facts"] = "facts"
-    stage: Stage = "restoration"
-    size: int = 20_000
-    test_size: int = 200
-    facts: int = 3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.test_size < 0 or self.facts < 1:
-            raise InputError("size and facts must be at least 1, and test_size 0")
-
-
-@dataclasses.dataclass(frozen=True)
-class CodeData:
-    """Descriptions, each with the Python function that it describes (`finetune.code_pairs`, `finetune.library_code`).
-
-    Attributes:
-        source: pairs that code writes, or those of the interpreter's own library.
-        size: pairs to train on; of the library, at most.
-        test_size: pairs to test on, likewise.
-        seed: of the pairs that code writes.
-    """
-
-    type: Literal["code"] = "code"
-    source: Literal["generated", "library"] = "generated"
-    size: int = 8000
-    test_size: int = 200
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.test_size < 0:
-            raise InputError(f"size must be at least 1 and test_size at least 0, got {self.size} and {self.test_size}")
+Beside = Pairs | Compressed
 
 
 def code_examples(config: CodeData, test: bool) -> list[Example]:
@@ -199,11 +42,6 @@ def code_examples(config: CodeData, test: bool) -> list[Example]:
     if config.source == "library":
         return list(library_pairs(test)[:size])
     return code_pairs(size, config.seed, test)
-
-
-Generated = GeneratedData | StoriesData | RecallData | RecordsData | FactsData | OthelloData | CodeData
-DataConfig = Generated | FileData | HubData
-Beside = Pairs | Compressed
 
 
 class Question(NamedTuple):
@@ -284,12 +122,12 @@ def _read(config: DataConfig) -> tuple[str, Placed, Placed | None, bool]:
             asked = record_examples(size, config.records, config.tasks, config.seed, test)
             return [("a question on records", example) for example in asked]
         if isinstance(config, OthelloData):
-            return [("a game", text) for text in games(size, config.seed, test)]
+            return [("a game", text) for text in games(size, config.seed, test, config.turns)]
+        if isinstance(config, CodeData):
+            return [("a function", example) for example in code_examples(config, test)]
         if isinstance(config, FactsData):
             made = fact_examples(config.stage, size, config.facts, config.seed, test)
             return [("a context of facts", example) for example in made]
-        if isinstance(config, CodeData):
-            return [("a function", example) for example in code_examples(config, test)]
         return [(example.task, example) for example in generate(config.tasks, size, config.seed, test)]
 
     chat = isinstance(config, GeneratedData) and config.chat

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from finetune.codet5plus import CodeT5PlusConfig, codet5plus
 from finetune.distillation import DistillationConfig, distillation
 from finetune.emo import EmoConfig, emo, head_directions
+from finetune.lexical_units import LexicalUnitConfig, lexical_units
 from finetune.objectives import BatchObjective, Objective, cross_entropy
 from models.encoder_decoder import Network, writing_stack
 from models.errors import InputError
@@ -28,7 +29,7 @@ class CrossEntropyConfig:
             raise InputError(f"z_loss must not be negative, got {self.z_loss}")
 
 
-ObjectiveConfig = CrossEntropyConfig | EmoConfig | DistillationConfig | CodeT5PlusConfig
+ObjectiveConfig = CrossEntropyConfig | EmoConfig | DistillationConfig | CodeT5PlusConfig | LexicalUnitConfig
 
 
 def make_objective(
@@ -60,6 +61,8 @@ def make_objective(
     if isinstance(config, EmoConfig):
         writing, params = writing_stack(model, params)
         return emo(config, head_directions(writing.config, params, num_tokens))
+    if isinstance(config, LexicalUnitConfig):
+        return lexical_units(config, model)
     if isinstance(config, DistillationConfig):
         if teacher is None:
             raise InputError("distillation needs a teacher: pass teacher=(model, params)")

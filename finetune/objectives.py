@@ -35,12 +35,15 @@ class Objective(NamedTuple):
             t + 1. Gradients do not flow into it.
         training_rows: (parameters of the model, micro-batch) -> the micro-batch that training sees in its place, such
             as one with texts that the model writes. Gradients do not flow into it; held-out data is taken as it is.
+        total: (model, parameters, constants, micro-batch) -> what `finetune.trainer.summed_loss` returns, for losses
+            that read more rows than the text has; None: the sum of `per_token`.
     """
 
     per_token: Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
     constants: Any = None
     context: Callable[[Any, Batch], Any] = _nothing
     training_rows: Callable[[Any, Batch], Batch] = _same
+    total: Callable[[Any, Any, Any, Batch], tuple[jax.Array, dict[str, jax.Array]]] | None = None
 
 
 class BatchObjective(NamedTuple):

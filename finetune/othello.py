@@ -22,7 +22,7 @@ START, PASS = "start", "pass"
 SQUARES = tuple(f"{column}{row}" for row in range(1, 9) for column in "abcdefgh")
 _UNKNOWN = "<unknown>"
 _BLOCK = 256  # games that are drawn together
-_LONGEST = 128  # turns; no game has more than 60 moves and as many passes
+_LONGEST = 120  # turns; no game has more than 60 moves and as many passes
 _ALL = 0xFFFFFFFFFFFFFFFF
 _NOT_A, _NOT_H = 0xFEFEFEFEFEFEFEFE, 0x7F7F7F7F7F7F7F7F
 _DIRECTIONS = ((8, _ALL), (-8, _ALL), (1, _NOT_A), (-1, _NOT_H), (9, _NOT_A), (-9, _NOT_H), (7, _NOT_H), (-7, _NOT_A))
@@ -84,10 +84,10 @@ def squares(boards: np.ndarray) -> np.ndarray:
     return (boards[:, None] >> np.arange(64, dtype=np.uint64)[None] & np.uint64(1)).astype(bool)
 
 
-def _random_games(num: int, rng: np.random.Generator) -> list[list[str]]:
-    """Returns the words of N games in which every move is drawn evenly from the legal ones."""
+def _random_games(num: int, turns: int, rng: np.random.Generator) -> list[list[str]]:
+    """Returns the words of N games, up to so many turns; every move is drawn evenly from the legal ones."""
     boards, games = opening(num), [[START] for _ in range(num)]
-    for _ in range(_LONGEST):
+    for _ in range(turns):
         moves = legal(boards)
         passed = Boards(boards.other, boards.own)
         going = (moves != 0) | (legal(passed) != 0)
@@ -101,23 +101,27 @@ def _random_games(num: int, rng: np.random.Generator) -> list[list[str]]:
     return games
 
 
-def games(size: int, seed: int, test: bool) -> list[str]:
+def games(size: int, seed: int, test: bool, turns: int | None = None) -> list[str]:
     """Returns random games; those for testing and those for training are drawn apart.
+
+    The law of these texts is known: where n moves are legal, each has the probability 1 / n (`surprise`).
 
     Args:
         size: how many; the first n are the same however many are asked for.
         seed: other seeds give other games.
         test: whether they are for testing.
+        turns: moves and passes of each, at most: the same games, broken off; None: whole games. Openings of few moves
+            are few, so that training and testing have them in common.
     """
-    blocks = [_block(number, seed, test) for number in range(-(-size // _BLOCK))]
+    blocks = [_block(number, seed, test, _LONGEST if turns is None else turns) for number in range(-(-size // _BLOCK))]
     return [text for block in blocks for text in block][:size]
 
 
 @functools.lru_cache(maxsize=512)
-def _block(number: int, seed: int, test: bool) -> tuple[str, ...]:
+def _block(number: int, seed: int, test: bool, turns: int) -> tuple[str, ...]:
     """Returns games that are drawn together; kept, as many runs of a table read the same."""
     name = random.Random(f"othello {seed} {number} {test}").getrandbits(64)
-    return tuple(" ".join(words) for words in _random_games(_BLOCK, np.random.default_rng(name)))
+    return tuple(" ".join(words) for words in _random_games(_BLOCK, turns, np.random.default_rng(name)))
 
 
 def replay(words: Sequence[str]) -> Boards:
@@ -144,6 +148,12 @@ def replay(words: Sequence[str]) -> Boards:
 def board_properties(words: Sequence[str]) -> np.ndarray:
     """Returns bool[T, 128]: behind each word, the squares with a disc of the player to move, then of the other one."""
     return np.concatenate([squares(discs) for discs in replay(words)], axis=1)
+
+
+def surprise(words: Sequence[str]) -> np.ndarray:
+    """Returns f64[T - 1]: minus the log-probability, in nats, of each word of a game but the first."""
+    choices = squares(legal(replay(words)))[:-1].sum(axis=1)
+    return np.log(np.maximum(choices, 1))
 
 
 @functools.cache

@@ -119,7 +119,10 @@ def properties() -> tuple[str, ...]:
 
 
 def story_properties(words: Sequence[str], domain: int) -> np.ndarray:
-    """Returns bool[T, P]: which `properties` hold behind each word of a story that the domain's law could write."""
+    """Returns bool[T, P]: which `properties` hold behind each word of a story that the domain's law could write.
+
+    The first of them, as many as there are words, are the words.
+    """
     numbers = {name: number for number, name in enumerate(properties())}
     held, state = np.zeros((len(words), len(numbers)), bool), State()
     for row, word in zip(held, words, strict=True):

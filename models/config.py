@@ -125,6 +125,8 @@ class MoEConfig:
         shared: an expert that every token goes to, times a sigmoid gate; None: there is none.
         router: `learned`, a linear layer; or `sparsity`, by how few neurons of an expert are expected to fire (MoE-X:
             to have an input above zero, whatever the activation).
+        router_gradient: of the sparsity router, whether losses reach the experts' weights through its scores, which
+            makes experts sparser where they are chosen.
         form: how it is computed (`models.moe`); None: what is fastest on this kind of device.
         capacity_factor: in the form `capacity`, rows of an expert's buffer over N K / E; E / K has room for all.
         balance_weight: of the balance loss in training.
@@ -137,6 +139,7 @@ class MoEConfig:
     normalise: bool = True
     shared: MLPConfig | None = None
     router: Literal["learned", "sparsity"] = "learned"
+    router_gradient: bool = True
     form: Literal["dense", "capacity", "ragged", "loop"] | None = None
     capacity_factor: float = 1.25
     balance_weight: float = 0.01

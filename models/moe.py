@@ -66,7 +66,7 @@ class MoE(nn.Module):
         if config.router == "learned":
             scores = Linear(config.num_experts, dtype=jnp.float32, name="router")(rows)
         else:
-            scores = sparsity_scores(rows, experts.up)
+            scores = sparsity_scores(rows, experts.up if config.router_gradient else jax.lax.stop_gradient(experts.up))
         self.sow(ROUTING, "scores", scores.reshape(*x.shape[:-1], -1))
         routes = route(scores, config)
         form = config.form or ("loop" if jax.default_backend() == "cpu" else "ragged")

@@ -26,6 +26,7 @@ class ExpertsConfig:
         num: experts E.
         active: K, how many a token goes to; each is F / K wide.
         router: `learned` or `sparsity` (`models.config.MoEConfig`).
+        router_gradient: whether losses reach the experts through the scores of a sparsity router.
         form: how they are computed (`models.moe`); in training on a CPU, where a batch goes to all of them, `dense` is
             the fastest.
         balance_weight: of the balance loss in training.
@@ -35,6 +36,7 @@ class ExpertsConfig:
     num: int = 8
     active: int = 2
     router: Literal["learned", "sparsity"] = "learned"
+    router_gradient: bool = True
     form: Literal["dense", "capacity", "ragged", "loop"] | None = None
     balance_weight: float = 0.01
     z_weight: float = 0.0
@@ -58,6 +60,7 @@ class ExpertsConfig:
             self.active,
             dataclasses.replace(mlp, width=mlp.width // self.active),
             router=self.router,
+            router_gradient=self.router_gradient,
             form=self.form,
             balance_weight=self.balance_weight,
             z_weight=self.z_weight,

@@ -11,12 +11,13 @@ the tables do), the row ends.
 Source: grammar-constrained decoding as in Grammar-Aligned Decoding (2405.21047), section 2.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 from flax import struct
 
-from decoding.autoregressive import NoOptions, SampleCarry, choose, sampling_steps, target_step
+from decoding.autoregressive import SampleCarry, choose, sampling_steps, target_step
 from decoding.grammar.bitmask import mask_logits
 from decoding.grammar.rows import Constraint
 from decoding.method import Call, Method, Steps
@@ -24,6 +25,11 @@ from decoding.prefill import Prompts
 from decoding.state import DecodeState, emit
 from models.cache import KVCache
 from models.decoder import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class ConstrainedOptions:
+    """There are no static options: a grammar says all."""
 
 
 @struct.dataclass
@@ -44,7 +50,7 @@ def constrain(
     return mask_logits(logits, words, ends, stop_tokens)
 
 
-def make_constrained(model: Decoder, options: NoOptions, stop_tokens: tuple[int, ...]) -> Steps:
+def make_constrained(model: Decoder, options: ConstrainedOptions, stop_tokens: tuple[int, ...]) -> Steps:
     """Sampling, with masked logits."""
     plain = sampling_steps(model, stop_tokens)
 
@@ -63,4 +69,4 @@ def make_constrained(model: Decoder, options: NoOptions, stop_tokens: tuple[int,
     return Steps(init, step)
 
 
-CONSTRAINED = Method("lossy", NoOptions, make_constrained, temperature=0.0, grammars=True)
+CONSTRAINED = Method("lossy", ConstrainedOptions, make_constrained, temperature=0.0, grammars=True)

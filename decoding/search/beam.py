@@ -13,38 +13,32 @@ from typing import Literal
 
 from decoding.method import Method, Steps
 from decoding.search.beams import LENGTH_PENALTY, check_search, search_steps
-from decoding.search.constraints import constraints_of
+from decoding.search.constraints import ScoredOptions
 from decoding.search.group import Search
 from models.decoder import Decoder
 
 
 @dataclasses.dataclass(frozen=True)
-class BeamOptions:
+class BeamOptions(ScoredOptions):
     """See `decoding.search.group.Search` for what they mean.
 
     Attributes:
         width: beams of a row.
         num_return: texts that are returned per row.
         early_stopping: when a row (or a group of its beams) with as many finished texts as beams ends.
-        return_scores: whether the log-probability of every token is returned too.
-        no_repeat_ngram: see `decoding.search.constraints` for this and the next.
-        starts: lists of token ids.
     """
 
     width: int = 4
     num_return: int = 1
     early_stopping: bool | Literal["never"] = False
-    return_scores: bool = False
-    no_repeat_ngram: int = 0
-    starts: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "starts", self.search().constraints.starts)
+        super().__post_init__()
+        self.search()
 
     def search(self) -> Search:
         """Returns them as those of a search; raises InputError where they cannot be."""
-        constraints = constraints_of(self)
-        return Search(self.width, 1, self.num_return, self.early_stopping, self.return_scores, constraints)
+        return Search(self.width, 1, self.num_return, self.early_stopping, self.return_scores, self.constraints)
 
 
 def make_beam(model: Decoder, options: BeamOptions, stop_tokens: tuple[int, ...]) -> Steps:
@@ -53,4 +47,4 @@ def make_beam(model: Decoder, options: BeamOptions, stop_tokens: tuple[int, ...]
     return search_steps(model, options.search(), stop_tokens)
 
 
-BEAM = Method("lossy", BeamOptions, make_beam, settings={"length_penalty": LENGTH_PENALTY})
+BEAM = Method("lossy", BeamOptions, make_beam, encoders=True, settings={"length_penalty": LENGTH_PENALTY})

@@ -3,7 +3,8 @@
 A row keeps G groups of W running texts, all of one length, and for each group up to W finished ones. A step reads the
 newest tokens of all B*G*W beams in one forward pass and then extends the groups one after another, so that a group can
 be kept from what the groups before it have just chosen. The prompt is read once per row; its cache is copied to the
-row's beams before the first step, and the beams' caches follow their texts by one gather over the whole pytree.
+row's beams before the first step, and the beams' caches follow their texts by one gather over the whole pytree. What an
+encoder has read of the prompt is the same for all beams of a row, and stays where it is.
 
 Every row ends for itself (`decoding.search.group` says when a group does).
 
@@ -103,7 +104,10 @@ def search_steps(
         newest = jnp.take_along_axis(groups.running.tokens, carry.places[:, None, None, None], axis=3)[..., 0]
         last = jnp.where(groups.done[..., None], carry.last, newest)
         carry = carry.replace(groups=groups, last=last, places=carry.places + active)
-        return _counted(state.replace(cache=gather_rows(cache, parent), carry=carry))
+        moved = gather_rows(cache.replace(encoded=None), parent).replace(
+            encoded=cache.encoded
+        )  # one text for all beams
+        return _counted(state.replace(cache=moved, carry=carry))
 
     def found(state: DecodeState) -> Hypotheses:
         return ranked(state.carry, search.num_return, state.tokens.shape[1])

@@ -10,7 +10,6 @@ Axis letters: B batch, W texts of a row, P bucket of prompts, N room for new tok
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +74,34 @@ class Constraints:
         return law
 
 
+@dataclasses.dataclass(frozen=True)
+class TextOptions:
+    """What every method that takes constraints is told, besides its own options.
+
+    Attributes:
+        no_repeat_ngram: see `Constraints` for this and the next.
+        starts: lists of token ids.
+    """
+
+    no_repeat_ngram: int = 0
+    starts: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "starts", self.constraints.starts)
+
+    @property
+    def constraints(self) -> Constraints:
+        """What holds for all texts; raises InputError where it cannot."""
+        return Constraints(self.no_repeat_ngram, self.starts)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredOptions(TextOptions):
+    """`return_scores`: whether the log-probability of every token is returned too, by the model's own law."""
+
+    return_scores: bool = False
+
+
 def repeated(text: jax.Array, lengths: jax.Array, n: int, vocab: int) -> jax.Array:
     """Returns bool[B, W, V]: the tokens that would complete n tokens that stand in text i32[B, W, T] already.
 
@@ -105,11 +132,6 @@ def begun(text: jax.Array, lengths: jax.Array, starts: tuple[tuple[int, ...], ..
     rows, own = _rows(following.shape)
     allowed = jnp.zeros((*text.shape[:2], vocab), bool).at[rows, own, following].max(fits & (lengths[..., None] < ends))
     return allowed | (fits & (lengths[..., None] >= ends)).any(axis=-1, keepdims=True)
-
-
-def constraints_of(options: Any) -> Constraints:
-    """Returns those that a method's options name."""
-    return Constraints(options.no_repeat_ngram, options.starts)
 
 
 def _behind_prompts(prompts: Prompts, text: jax.Array) -> jax.Array:

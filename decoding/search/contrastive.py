@@ -26,7 +26,7 @@ from decoding.arguments import Setting
 from decoding.method import Call, Method, Policy, Steps
 from decoding.prefill import Prompts, hidden_observer
 from decoding.sampling import top_tokens
-from decoding.search.constraints import constraints_of
+from decoding.search.constraints import TextOptions
 from decoding.state import DecodeState, emit
 from models.attention import TreeRows, tree_attend
 from models.cache import KVCache, commit
@@ -38,18 +38,16 @@ SETTINGS = {"alpha": Setting(0.6, np.float32, "in [0, 1]", lambda x: (x >= 0) & 
 
 
 @dataclasses.dataclass(frozen=True)
-class ContrastiveOptions:
+class ContrastiveOptions(TextOptions):
     """The number of candidates k, and whether they are read one after another; the setting `alpha`, 0 to 1, weighs the
-    likeness (0 is greedy). For the other two see `decoding.search.constraints`.
+    likeness (0 is greedy).
     """
 
     k: int = 5
     sequential: bool = False
-    no_repeat_ngram: int = 0
-    starts: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "starts", constraints_of(self).starts)
+        super().__post_init__()
         if self.k < 1:
             raise InputError(f"k must be at least 1 candidate, got {self.k}")
 
@@ -90,7 +88,7 @@ def make_contrastive(model: Decoder, options: ContrastiveOptions, stop_tokens: t
     """Contrastive search; raises InputError where there are more candidates than tokens."""
     if options.k > model.config.vocab_size:
         raise InputError(f"k must be at most the vocabulary's {model.config.vocab_size} tokens, got {options.k}")
-    constraints = constraints_of(options)
+    constraints = options.constraints
     constraints.check(model.config.vocab_size)
 
     def candidates(

@@ -78,4 +78,4 @@ def make_diverse_beam(model: Decoder, options: DiverseBeamOptions, stop_tokens: 
     return steps(diversity.vectors) if options.term == "embedding" else steps()
 
 
-DIVERSE_BEAM = Method("lossy", DiverseBeamOptions, make_diverse_beam, settings=SETTINGS)
+DIVERSE_BEAM = Method("lossy", DiverseBeamOptions, make_diverse_beam, encoders=True, settings=SETTINGS)

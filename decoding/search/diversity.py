@@ -92,7 +92,7 @@ class Vectors:
 
 def vectors(params: Any) -> Vectors:
     """Returns the vectors that `embedding` compares."""
-    table = params["embedding"]["embedding"].astype(jnp.float32)
+    table = params.get("decoder", params)["embedding"]["embedding"].astype(jnp.float32)
     norm = jnp.linalg.norm(table, axis=0)
     return Vectors(table, 1 / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
 

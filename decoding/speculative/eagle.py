@@ -83,7 +83,7 @@ class Layer:
         """Runs the block on x [B, T, D]; returns (output, cache with T rows written)."""
         return run_blocks(self.block, [values["block"]], x, positions, cache, attend, ctx)
 
-    def follow(self, params: WithDraft, cache: KVCache, tokens: jax.Array, stream: jax.Array):
+    def follow(self, params: WithDraft, cache: KVCache, before: jax.Array, tokens: jax.Array, stream: jax.Array):
         """Reads text; see `LevelHead`."""
         x = self.enter(params.target, params.draft, tokens, normed(self.model, params.target, stream))
         positions = cache.length[:, None] + jnp.arange(x.shape[1])[None, :]
@@ -146,8 +146,8 @@ EAGLE_HEAD = HeadKind(EagleConfig, _streams, _init, _guesses)
 def eagle_head(model: Decoder) -> LevelHead:
     """Returns the head on a target: what its layer makes of a row is what the unembedding reads."""
     layer = Layer(model)
-    own = (model.config.blocks[-1].attention,)
-    return LevelHead(EAGLE_HEAD, own, layer.follow, layer.go_on, lambda params, depth, states, tokens: states)
+    own, width = (model.config.blocks[-1].attention,), model.config.width
+    return LevelHead(EAGLE_HEAD, own, layer.follow, layer.go_on, lambda params, depth, states, tokens: states, width)
 
 
 def make_eagle(model: Decoder, options: EagleOptions, stop_tokens: tuple[int, ...]) -> Steps:

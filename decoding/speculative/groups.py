@@ -93,10 +93,17 @@ def _groups(q, k, v, keys, values, ctx: Groups, config):
     if ctx.places is not None:
         places = jnp.maximum(ctx.places, 0)[..., None]
         visible, gap = (jnp.take_along_axis(x, places, axis=1) for x in (visible, gap))
-    tokens, length, count = visible.shape[1], visible.shape[2], ctx.sees.shape[0]
+    count = ctx.sees.shape[0]
     steps = jnp.arange(1, count + 1) if ctx.steps is None else jnp.asarray(ctx.steps)
+    return _with_text(q, k, v, keys, values, visible, gap, jnp.asarray(ctx.sees), steps, config)
+
+
+def _with_text(q, k, v, keys, values, visible, gap, sees, steps, config):
+    """Returns [B, P, H, E], of M groups that see `visible` bool[B, M, S] of the keys and values [B, N, S, E], which
+    stand `gap` i32[B, M, S] before the token that a group is behind.
+    """
+    tokens, length, count = visible.shape[1], visible.shape[2], sees.shape[0]
     behind = jnp.broadcast_to(visible[:, :, None, :], (*visible.shape[:2], count, length))
-    sees = jnp.asarray(ctx.sees)
     if config.window is not None:
         behind &= (gap[:, :, None, :] + steps[None, None, :, None]) < config.window
         sees &= (steps[:, None] - steps[None, :]) < config.window
@@ -111,6 +118,16 @@ def _groups(q, k, v, keys, values, ctx: Groups, config):
     inner = weights[..., length:].reshape(*weights.shape[:3], tokens, count, count)
     own = jnp.einsum("bngtkj,btjnd->btkngd", inner, own_v[..., 0, :], precision=PRECISION)
     return (out + own.reshape(out.shape)).reshape(len(q), tokens * count, *q.shape[2:]).astype(q.dtype)
+
+
+def chain_attend(q, k, v, cache, ctx: jax.Array, *, config, layer):
+    """Attention of M chains of K rows behind a cache, each of which ends where it may: nothing is written. `ctx` is
+    i32[B, M], how many slots a chain sees. See `models.attention.Attend` for the other arguments.
+    """
+    count = q.shape[1] // ctx.shape[1]
+    gap = ctx[..., None] - 1 - jnp.arange(cache.k.shape[2])[None, None, :]
+    sees, steps = jnp.tri(count, dtype=bool), jnp.arange(1, count + 1)
+    return _with_text(q, k, v, cache.k, cache.v, gap >= 0, gap, sees, steps, config), cache, ctx
 
 
 def behind_attend(q, k, v, cache, ctx: TreeRows, *, config, layer):

@@ -1,12 +1,14 @@
 """Heads that guess level by level: a row of the tree has a state, made of its parent's state and its own token.
 
-EAGLE (`decoding.speculative.eagle`) and Clover (`decoding.speculative.clover`) are such heads. What they share is here:
-the text is read behind each of its tokens but the newest with the target's true streams, into a cache of the head's
-own; rows of guesses are read behind that cache while the tree is made, and never stay.
+EAGLE (`decoding.speculative.eagle`), Clover (`decoding.speculative.clover`) and Chimera
+(`decoding.speculative.chimera`) are such heads. What they share is here: the text is read behind each of its tokens but
+the newest with the target's true streams, into a cache of the head's own; rows of guesses are read behind that cache
+while the tree is made, and never stay.
 
 Trees are static, from calibration, or grow with every step (`decoding.speculative.dynamic_tree`).
 
-Axis letters: B batch, T tokens or rows, A tokens kept at most, W tree rows, D model width, V vocabulary.
+Axis letters: B batch, T tokens or rows, A tokens kept at most, W tree rows, D model width, N width of a
+state, V vocabulary.
 """
 
 import dataclasses
@@ -60,25 +62,27 @@ class LevelHead(NamedTuple):
     Attributes:
         kind: of the head.
         layers: the attention of each layer that its cache is for.
-        follow: (params, cache, i32[B, T] tokens, [B, T, D] the target's last stream at the token before each) ->
-            (states f32[B, T, D], the cache with T rows written).
-        go_on: (params, level, f32[B, T, D] the states of the rows' parents, cache) -> (states of the rows, cache).
-        reads: (params, depth, states f32[B, T, D] of rows at a depth, i32[B, T] their tokens) -> f32[B, T, D], what
+        follow: (params, cache, f32[B, N] the state before, i32[B, T] tokens, [B, T, D] the target's last stream at the
+            token before each) -> (states f32[B, T, N], the cache with T rows written).
+        go_on: (params, level, f32[B, T, N] the states of the rows' parents, cache) -> (states of the rows, cache).
+        reads: (params, depth, states f32[B, T, N] of rows at a depth, i32[B, T] their tokens) -> f32[B, T, D], what
             the unembedding reads behind them.
+        width: N; before a text the state is zero.
         keep: which children may enter a dynamic tree (`Growth.keep`).
     """
 
     kind: HeadKind
     layers: tuple[AttentionConfig, ...]
-    follow: Callable[[WithDraft, KVCache, jax.Array, jax.Array], tuple[jax.Array, KVCache]]
+    follow: Callable[[WithDraft, KVCache, jax.Array, jax.Array, jax.Array], tuple[jax.Array, KVCache]]
     go_on: Callable[[WithDraft, Level, jax.Array, KVCache], tuple[jax.Array, KVCache]]
     reads: Callable[[WithDraft, int, jax.Array, jax.Array], jax.Array]
+    width: int
     keep: Callable[[jax.Array], jax.Array] | None = None
 
 
 @struct.dataclass
 class LevelState:
-    """The head's cache, a row for every token but the newest, and f32[B, D], the state behind the newest."""
+    """The head's cache, a row for every token but the newest, and f32[B, N], the state behind the newest."""
 
     cache: KVCache
     last: jax.Array
@@ -130,18 +134,18 @@ def read_prompts(head: LevelHead, model: Decoder, params: WithDraft, prompts: Pr
     states = prompts.seen[0].astype(params.target["embedding"]["embedding"].dtype)
     following = jnp.pad(prompts.tokens, ((0, 0), (0, 1)))[:, 1:]
 
-    def read(index: jax.Array, carry: tuple[KVCache, jax.Array]):
-        cache, last = carry
+    def read(index: jax.Array, carry: tuple[KVCache, jax.Array, jax.Array]):
+        cache, before, last = carry
         x, tokens = (jax.lax.dynamic_slice_in_dim(x, index * piece, piece, axis=1) for x in (states, following))
-        out, cache = head.follow(params, cache, tokens, x)
+        out, cache = head.follow(params, cache, before, tokens, x)
         place = prompts.lengths - 2 - index * piece
         chosen = jnp.take_along_axis(out, jnp.clip(place, 0, piece - 1)[:, None, None], axis=1)[:, 0]
         last = jnp.where(((place >= 0) & (place < piece))[:, None], chosen, last)
-        return commit(cache, None, jnp.full((batch,), piece)), last
+        return commit(cache, None, jnp.full((batch,), piece)), out[:, -1], last
 
     own = init_cache(head.layers, batch, max(slots, width), jnp.float32)
-    start = own, jnp.zeros((batch, model.config.width), jnp.float32)
-    cache, last = jax.lax.fori_loop(0, width // piece, read, start)
+    none = jnp.zeros((batch, head.width), jnp.float32)
+    cache, _, last = jax.lax.fori_loop(0, width // piece, read, (own, none, none))
     return LevelState(cache.replace(length=prompts.lengths - 1), last)
 
 
@@ -189,7 +193,7 @@ def make_level(head: LevelHead, model: Decoder, options: LevelOptions, stop_toke
     vocab = model.config.vocab_size
     growth = template = None
     if options.tree == "dynamic":
-        growth = Growth(options.nodes, options.depth, options.beam, head.keep)
+        growth = Growth(options.nodes, min(options.depth, options.nodes), options.beam, head.keep)  # no path is longer
         width, depth, read = growth.width(vocab), growth.depth, sum(growth.sizes(vocab)) - 1
     else:
         template = options.template(vocab)
@@ -212,7 +216,7 @@ def make_level(head: LevelHead, model: Decoder, options: LevelOptions, stop_toke
     def observe(params: WithDraft, state: LevelState, seen: Seen) -> LevelState:
         stream = seen.digest[model.config.num_layers]
         stream = jnp.take_along_axis(stream, seen.verified.rows[..., None], axis=1)
-        out, cache = head.follow(params, state.cache, seen.verified.tokens, stream)
+        out, cache = head.follow(params, state.cache, state.last, seen.verified.tokens, stream)
         last = jnp.take_along_axis(out, seen.verified.count[:, None, None] - 1, axis=1)[:, 0]
         return LevelState(commit(cache, None, seen.emitted), last)
 

@@ -16,8 +16,9 @@ Deviations. The mean of copies is taken of what the unembedding reads: that of t
 (the paper averages probabilities), but for models that cap their logits. The divergence is that of the prompt's law
 from the model's (released code; the paper writes it the other way round). Labels are the text that the model wrote,
 greedy or sampled, in place of a greedy continuation from each place. Prompt tokens start as embeddings of tokens drawn
-from the first tenth of the vocabulary, where byte-pair tables have common pieces. Acceptance is exact (greedy) or keeps
-the target's law, not "typical". The first step of a call is a plain one that carries prompt tokens.
+from the first tenth of the vocabulary, where byte-pair tables have common pieces. Acceptance is exact unless
+`acceptance: typical` is asked for, which the paper uses above temperature 0. The first step of a call is a plain one
+that carries prompt tokens.
 
 Axis letters: B batch, T tokens of a row, M places, K offsets, E copies, D model width, S states, W rows, R ranks.
 """
@@ -223,7 +224,7 @@ def make_ppd(model: Decoder, options: PPDOptions, stop_tokens: tuple[int, ...]) 
     drafter = Drafter(
         width,
         max(tree.template.max_depth for tree in trees) + 1,
-        "node",
+        options.mode,
         init,
         propose,
         observe,

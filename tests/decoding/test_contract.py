@@ -15,7 +15,7 @@ import pytest
 
 import decoding.decode
 from decoding import METHODS, make_decode_fn
-from decoding.autoregressive import SAMPLE, NoOptions, make_sample
+from decoding.autoregressive import SAMPLE, make_sample
 from decoding.method import Method, Steps, WithDraft
 from decoding.speculative.head_kinds import HEADS
 from decoding.speculative.hidden_transfer import HiddenTransferConfig
@@ -41,11 +41,13 @@ DRAWS = 40_000
 PROMPT = [2, 0, 3]
 SMALL = {  # options of methods that take long to compile, or that would read all of a short text
     "aded": {"slots": 256, "iterations": 20, "sentences": 6},
+    "chimera": {"nodes": 5, "offsets": 3},
     "clover": {"nodes": 3},
     "core_infer": {"first": 1, "last": 1},
     "dyspec": {"budget": 5, "frontier": 3, "depth": 3},
     "eagle": {"nodes": 9, "offsets": 3},
     "hidden_transfer": {"nodes": 9, "head": HiddenTransferConfig(layers=(0, 1, 1))},
+    "knob": {"layer": 1, "direction": tuple(range(-7, 25)), "strength": 3.0},
     "lserve": {
         "budget": 6,
         "page": 2,
@@ -253,7 +255,7 @@ def make_broken(model, options, stop_tokens) -> Steps:
 
 
 def test_the_test_of_the_law_sees_noise_that_is_used_twice(monkeypatch):
-    monkeypatch.setitem(METHODS, "broken", SAMPLE._replace(make=make_broken, options=NoOptions))
+    monkeypatch.setitem(METHODS, "broken", SAMPLE._replace(make=make_broken))
     tokens, law = pairs("broken", {}), exact_pairs_behind(PROMPT, {})
     assert chi_squared_p(tokens // 5, law.reshape(5, 5).sum(axis=1)) > 1e-3, "the first token alone is right"
     assert chi_squared_p(tokens, law) < 1e-6

@@ -74,6 +74,42 @@ def test_the_penalty_knows_what_was_written_not_what_was_read(net, expected):
     assert [text[:1] for text in texts(sample(net[1], reads, **cold))] == first
 
 
+def whole_scores(net, prompt, tokens):
+    """f64[N]: log p of each text, i32[N, T], by whole passes of the model, the start token in front."""
+    model, params = net
+    written = np.pad(np.asarray(tokens, np.int32), ((0, 0), (1, 0)))
+    source = jnp.asarray([prompt] * len(written)), jnp.full((len(written),), len(prompt), jnp.int32)
+    logits = model.apply({"params": params}, jnp.asarray(written), source=source).logits
+    law = np.asarray(jax.nn.log_softmax(logits, axis=-1), np.float64)[:, :-1]
+    return np.take_along_axis(law, written[:, 1:, None], axis=2)[..., 0].sum(axis=1)
+
+
+def test_beams_as_many_as_tokens_find_the_likeliest_of_all_pairs(net):
+    beam = make_decode_fn(net[0], "beam", max_new_tokens=2, width=61, num_return=3, length_penalty=0.0)
+    found = beam(net[1], PROMPTS).found
+    pairs = np.array(np.meshgrid(np.arange(61), np.arange(61), indexing="ij")).reshape(2, -1).T
+    for row, prompt in enumerate(PROMPTS):
+        scores = whole_scores(net, prompt, pairs)
+        best = np.argsort(-scores)[:3]
+        np.testing.assert_array_equal(found.tokens[row], pairs[best])
+        np.testing.assert_allclose(found.scores[row], scores[best], atol=1e-3)
+
+
+def test_groups_of_beams_and_one_beam(net, expected):
+    one = make_decode_fn(net[0], "beam", max_new_tokens=ROOM, width=1)
+    assert texts(one(net[1], PROMPTS)) == expected
+    options = {"width": 4, "groups": 4, "num_return": 4, "length_penalty": 0.0}
+    for term in ("hamming", "embedding"):
+        diverse = make_decode_fn(net[0], "diverse_beam", max_new_tokens=ROOM, term=term, strength=50.0, **options)
+        found = diverse(net[1], PROMPTS).found
+        for row, prompt in enumerate(PROMPTS):
+            rows = np.asarray(found.tokens[row])
+            assert expected[row] in rows.tolist(), "the first group is greedy"
+            np.testing.assert_allclose(found.scores[row], whole_scores(net, prompt, rows), atol=1e-2)
+            if term == "hamming":
+                assert all(len(set(column)) == 4 for column in rows.T.tolist()), "groups choose apart at every place"
+
+
 def test_the_cache_has_no_room_for_what_is_read(net, greedy):
     state = greedy.start(net[1], *greedy.inputs(PROMPTS))
     assert state.cache.num_slots == ROOM + 1 and (state.cache.length == 0).all()

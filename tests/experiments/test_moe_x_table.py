@@ -2,6 +2,7 @@
 
 import csv
 
+import numpy as np
 import pytest
 
 from experiments import moe_x_table, reproduce, train_table
@@ -15,7 +16,7 @@ board:
   scratch: {layers: 1, width: 16, heads: 2, kv_heads: 2, mlp_width: 32, gated: false, max_length: 66,
             tokenizer: othello}
   adapter: null
-  data: {type: othello, size: 12, test_size: 4}
+  data: {type: othello, test_size: 12}
   optimizer: {learning_rate: 1e-2, warmup: 0.0}
   batch_size: 4
   length: 66
@@ -35,7 +36,7 @@ rows:
   - {name: dense, activation: relu}
   - {name: mixed, activation: relu, start: dense, experts: {num: 4, router: sparsity, form: dense}}
   - {name: untrained, activation: relu, trained: false, experts: {num: 4, router: sparsity, form: dense}}
-presets: {smoke: {board: 2, text: 2, texts: 3, per_decile: 1}}
+presets: {smoke: {board: 2, text: 2, games: 20, turns: 20, texts: 3, per_decile: 1}}
 claims:
   - {text: the claim, row: mixed, than: dense, measure: board/coverage}
   - {text: nothing, row: untrained, than: dense, measure: board/eval/cross_entropy}
@@ -62,7 +63,8 @@ def test_the_page_has_all_parts(table):
     _, out = table
     page = (out / "table.md").read_text()
     assert "- the claim: **" in page and "- nothing: **not measured** here." in page
-    assert "2 updates of 4 rows of 66 tokens" in page and "2 updates of 4 rows of 40 tokens" in page
+    assert "2 updates of 4 rows of 66 tokens, one run each. Games are broken off after 20 turns." in page
+    assert "2 updates of 4 rows of 40 tokens" in page
     assert (out / "plot.png").is_file()
 
 
@@ -70,6 +72,8 @@ def test_what_is_measured(table):
     figures = found(table[1])
     for row in ("dense", "mixed"):
         assert figures[row, "board/eval/cross_entropy"] == pytest.approx(4.14, abs=0.5), "near that of an even guess"
+        assert np.log(4) < figures[row, "board/floor"] < figures[row, "board/eval/cross_entropy"]
+        assert 0 < figures[row, "text/coverage"] <= 1 and 0 <= figures[row, "text/reconstruction"] <= 1
         assert 0 < figures[row, "board/coverage"] <= 1 and 0 <= figures[row, "board/reconstruction"] <= 1
         assert 0 <= figures[row, "text/detection"] <= 1
     for part in ("board", "text"):
@@ -113,7 +117,7 @@ def test_a_row_that_starts_from_another_lies_in_a_folder_of_its_settings(table):
         ("start: dense", "start: untrained", "must start from a row before it"),
         ("gated: false", "gated: true", "board.scratch a new model, not gated"),
         ("type: othello", "type: stories", "board.data must be of type othello"),
-        ("texts: 3", "texts: 0", "texts, per_decile and seeds must be at least 1"),
+        ("texts: 3", "texts: 0", "games, texts, per_decile and seeds must be at least 1"),
         ("text: 2,", "text: 2, rows: [wide],", "choose among the rows of this table: dense, mixed, untrained"),
         ("than: dense", "than: deeper", "must compare rows of this table"),
         ("num: 4", "num: 1", "active must be 1 to num, 1 experts; got 2"),

@@ -9,6 +9,7 @@ from decoding import METHODS
 from decoding.speculative.sizing import LatencyCurve
 from experiments import table_kinds
 from experiments.bench import BenchConfig
+from experiments.bench_constrained import ConstrainedBenchConfig
 from experiments.bench_core_infer import CoreInferBenchConfig
 from experiments.bench_long_context import LongContextBenchConfig
 from experiments.bench_speculation import SpeculationBenchConfig
@@ -35,11 +36,16 @@ KINDS = {
     "bench/exact": ExactCheckConfig,
     "bench/train": TrainBenchConfig,
     "bench/long_context": LongContextBenchConfig,
+    "bench/constrained": ConstrainedBenchConfig,
     "bench/core_infer": CoreInferBenchConfig,
     "bench/speculation": SpeculationBenchConfig,
     "bench/long_text": LongTextConfig,
     "train": TrainConfig,
     "train/specdec_pp": HeadConfig,
+    "train/chimera": DraftHeadConfig,
+    "train/chimera_without_context": DraftHeadConfig,
+    "train/chimera_without_residual": DraftHeadConfig,
+    "train/chimera_without_trigram": DraftHeadConfig,
     "train/clover": DraftHeadConfig,
     "train/clover_2": DraftHeadConfig,
     "train/clover_without_block": DraftHeadConfig,
@@ -110,6 +116,7 @@ def test_methods_and_options_exist(file):
         assert set(options) <= {field.name for field in dataclasses.fields(METHODS[method].options)}
         measured = {"latency": CURVE} if options.get("latency") == MEASURED else {}
         measured |= {"gates": ((0.5,),)} if isinstance(options.get("gates"), str | int) else {}
+        measured |= {"direction": (1.0,)} if isinstance(options.get("direction"), str) else {}
         METHODS[method].options(**{**options, **measured})
 
 

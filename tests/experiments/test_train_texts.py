@@ -10,7 +10,7 @@ import pytest
 from experiments import reproduce, train_texts
 from experiments.train_table import averaged
 from experiments.train_texts import Continuations, TextMeasure, TextRow
-from finetune.data import StoriesData
+from finetune.data_configs import StoriesData
 from finetune.stories import story_tokenizer
 from models.errors import InputError
 from models.scratch import ScratchConfig, scratch_model

@@ -10,7 +10,8 @@ import pytest
 
 from experiments.schema import build
 from finetune.code_tokenizer import code_tokenizer
-from finetune.data import CodeData, DataConfig, GeneratedData, code_examples, read_data
+from finetune.data import code_examples, read_data
+from finetune.data_configs import CodeData, DataConfig, GeneratedData
 from finetune.rows import Pairs
 from finetune.sources import Columns, FileData, HubData
 from models.errors import InputError
@@ -72,7 +73,8 @@ def test_descriptions_are_read_and_functions_are_written(source):
 
 def test_generated_data_as_chat():
     data = read(GeneratedData(tasks=("reverse",), size=4, test_size=2, chat=True))
-    tokens, example, _ = data.questions[0]
+    question = data.questions[0]
+    tokens, example = question.tokens, question.example
     assert tokens == TOKENIZER.encode_chat(example.prompt.strip())
     assert data.train.tokens[-1] == TOKENIZER.stop_ids[0]
 

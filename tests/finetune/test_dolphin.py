@@ -17,7 +17,8 @@ from experiments.training import run_training
 from finetune.adapters import LoraConfig, make_adapter
 from finetune.adapters.adapter import select
 from finetune.adapters.saved import base_of
-from finetune.data import FactsData, read_data
+from finetune.data import read_data
+from finetune.data_configs import FactsData
 from finetune.facts import fact_example, fact_examples
 from finetune.objectives import cross_entropy
 from finetune.optimizers import OptimizerConfig, learning_rate, make_optimizer

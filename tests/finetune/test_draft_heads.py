@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from decoding import WithDraft, make_decode_fn
+from decoding.speculative.chimera import ChimeraConfig
 from decoding.speculative.clover import CloverConfig
 from decoding.speculative.draft_head import Reading
 from decoding.speculative.eagle import EagleConfig
@@ -212,13 +213,14 @@ def test_updates_learn_and_leave_the_target_alone(tiny, rows, batch):
     ("config", "options"),
     [
         (EagleConfig(offsets=3), {}),
+        (ChimeraConfig(offsets=3), {}),
         (CloverConfig(), {"tree": "static"}),
         (CloverConfig(version=2), {"tree": "static"}),
         (HiddenTransferConfig(layers=(1,)), {}),
         (PPDConfig(), {}),
         (PPDConfig(offsets=2, copies=2), {}),
     ],
-    ids=["eagle", "clover", "clover_2", "hidden_transfer", "ppd", "ppd_copies"],
+    ids=["eagle", "chimera", "clover", "clover_2", "hidden_transfer", "ppd", "ppd_copies"],
 )
 def test_decoding_accepts_what_training_simulates(tiny, rows, folder, config, options):
     """The head's guesses in training are those in decoding: one step is as long as the other, in every text."""

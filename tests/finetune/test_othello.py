@@ -5,7 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from finetune.data import OthelloData, read_data
+from finetune.data import read_data
+from finetune.data_configs import OthelloData
 from finetune.othello import (
     PASS,
     SQUARES,
@@ -19,6 +20,7 @@ from finetune.othello import (
     play,
     replay,
     squares,
+    surprise,
     vocabulary,
 )
 from models.errors import InputError
@@ -110,6 +112,7 @@ def test_a_whole_line_is_turned():
 
 def test_games_are_the_same_each_time_and_testing_ones_differ():
     assert games(5, 1, False) == games(300, 1, False)[:5]
+    assert games(3, 1, False, 12) == [" ".join(text.split()[:13]) for text in games(3, 1, False)]
     sides = [set(games(300, 1, test)) for test in (False, True)]
     assert not sides[0] & sides[1] and not sides[0] & set(games(300, 2, False))
 
@@ -119,6 +122,13 @@ def test_moves_are_drawn_evenly():
     first = [text.split()[1] for text in games(1024, 0, False)]
     counts = [first.count(move) for move in ("d3", "c4", "f5", "e6")]
     assert sum(counts) == 1024 and max(abs(count - 256) for count in counts) < 4 * (1024 * 3 / 16) ** 0.5
+
+
+def test_how_likely_each_move_was():
+    words = next(text.split() for text in games(99, 0, False) if PASS in text)
+    counts = [len(moves) for _, _, moves in slow_game(words)][:-1]
+    np.testing.assert_allclose(surprise(words), [np.log(max(count, 1)) for count in counts])
+    assert surprise(words)[0] == np.log(4) and surprise(words)[words.index(PASS) - 1] == 0
 
 
 def test_properties_of_a_known_opening():
@@ -150,6 +160,9 @@ def test_games_are_data():
     text = games(1, 0, False)[0]
     assert data.train.tokens[: data.train.starts[1]].tolist() == tokenizer.encode(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text and 0 not in tokenizer.encode(text)
+    assert read_data(OthelloData(size=6, turns=9), tokenizer, 80).train.lengths.tolist() == [10] * 6
+    with pytest.raises(InputError, match="turns must be at least 1"):
+        OthelloData(turns=0)
     with pytest.raises(InputError, match="test_size"):
         OthelloData(size=0)
 

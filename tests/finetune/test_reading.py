@@ -9,7 +9,8 @@ import pytest
 from scipy.special import log_softmax, rel_entr
 
 from finetune.corpus import Example
-from finetune.data import GeneratedData, StoriesData, read_data
+from finetune.data import read_data
+from finetune.data_configs import GeneratedData, StoriesData
 from finetune.distillation import DistillationConfig, distillation, joined
 from finetune.objectives import cross_entropy
 from finetune.packing import Batches
@@ -93,7 +94,7 @@ def test_what_stands_behind_a_source_changes_nothing_and_the_encoder_learns(made
 def test_sources_and_models_that_do_not_belong_together():
     with pytest.raises(InputError, match="the batch has sources, and this llama model has no encoder"):
         read_batch(toy_model(), toy_params(), batch_of())
-    with pytest.raises(InputError, match="is an encoder-decoder .* and the batch has no source"):
+    with pytest.raises(InputError, match="reads a source beside each row .t5. and the batch has none"):
         read_batch(MODELS["t5"], {}, jax.tree.map(lambda x: x[0], toy_batch()))
 
 

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from finetune.data import RecallData, read_data
+from finetune.data import read_data
+from finetune.data_configs import RecallData
 from finetune.recall import recall_example, recall_examples
 from finetune.stories import names_and_things, story_tokenizer, vocabulary
 from models.errors import InputError

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from finetune.data import RecordsData, read_data
+from finetune.data import read_data
+from finetune.data_configs import RecordsData
 from finetune.records import ANSWER, TASKS, record_example, record_examples
 from finetune.rows import Pairs
 from finetune.stories import story_tokenizer, vocabulary

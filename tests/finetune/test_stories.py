@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from finetune.data import StoriesData, read_data
+from finetune.data import read_data
+from finetune.data_configs import StoriesData
 from finetune.stories import (
     State,
     law,

@@ -170,6 +170,20 @@ class TestSparsityRouter:
 
         assert jnp.abs(jax.grad(chosen)(params["experts_up"])).max() > 1e-4
 
+    def test_the_gradient_through_the_router_can_be_left_out(self):
+        params, x = parameters(SPARSE), inputs((5, 8))
+        out = {}
+        for flag in (True, False):
+            config = dataclasses.replace(SPARSE, router_gradient=flag, form="dense")
+
+            def scored(params, config=config):
+                scores = MoE(config).apply({"params": params}, x, mutable=[ROUTING])[1][ROUTING]["scores"][0]
+                return jnp.square(scores).sum()
+
+            out[flag] = jax.value_and_grad(scored)(params)
+        assert out[True][0] == out[False][0]
+        assert jnp.abs(out[True][1]["experts_up"]).max() > 1e-4 and not jnp.any(out[False][1]["experts_up"])
+
     def test_it_is_one_wide_mlp_with_a_masked_hidden_vector(self):
         config = as_form(SPARSE, "dense")
         params, x = parameters(config), inputs()

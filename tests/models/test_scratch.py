@@ -28,11 +28,12 @@ def test_as_many_parameters_are_active(active, gated):
 
 
 def test_what_a_config_says_is_in_the_network():
-    experts = ExpertsConfig(4, 2, "sparsity", form="dense", balance_weight=0.5, z_weight=0.25)
+    experts = ExpertsConfig(4, 2, "sparsity", False, form="dense", balance_weight=0.5, z_weight=0.25)
     network = scratch_model(ScratchConfig(**SHAPE, activation="relu", gated=False, experts=experts), 31).config
     mixture = network.blocks[1].mlp
     assert mixture.expert == MLPConfig(12, "relu", gated=False)
     assert (mixture.num_experts, mixture.top_k, mixture.router, mixture.form) == (4, 2, "sparsity", "dense")
+    assert not mixture.router_gradient
     assert (mixture.balance_weight, mixture.z_weight) == (0.5, 0.25)
 
 

@@ -7,8 +7,8 @@ import pytest
 from decoding import make_decode_fn
 from decoding.search.constraints import begun, repeated
 from models.errors import InputError
-from tests.support.decode_reference import PROMPTS, ROOM, texts
-from tests.support.search_reference import hypotheses, log_probs
+from tests.support.decode_reference import PROMPTS, ROOM, forward, texts
+from tests.support.search_reference import check_scores, hypotheses, log_probs
 
 STARTS = ((5, 9, 1), (5, 9, 30, 2), (7,), (40, 41))
 LOOPING = [[4, 8, 4, 8, 4], [1], [6, 6, 6], [3, 5, 7, 3, 5]]
@@ -87,3 +87,72 @@ def test_a_closed_list_of_answers_is_searched_whole(tiny):
 def test_options_that_cannot_be(tiny, method, options, message):
     with pytest.raises(InputError, match=message):
         make_decode_fn(tiny[0], method, **options)
+
+
+def best_allowed(model, params, prompt, num, n=0, starts=()):
+    """Greedy under constraints by whole passes and plain loops over all tokens."""
+    text = []
+    while len(text) < num:
+        known = [*prompt, *text]
+        padded = np.array([known + [0] * (64 - len(known))], np.int32)
+        order = np.argsort(-np.asarray(forward(model, params, padded))[0, len(known) - 1], kind="stable")
+        grams = {tuple(known[i : i + n]) for i in range(len(known) - n + 1)} if n else set()
+
+        def fits(token, known=known, grams=grams):
+            begins = not starts or any([*text, token][: len(start)] == list(start)[: len(text) + 1] for start in starts)
+            return begins and (not n or tuple([*known, token][-n:]) not in grams)
+
+        allowed = [int(token) for token in order if fits(int(token))]
+        if not allowed:
+            break
+        text.append(allowed[0])
+    return text
+
+
+@pytest.fixture(scope="module")
+def constrained_greedy(tiny):
+    options = {"no_repeat_ngram": 2, "starts": STARTS, "return_scores": True}
+    return make_decode_fn(tiny[0], "greedy", max_new_tokens=ROOM, **options)
+
+
+def test_greedy_text_under_constraints_and_its_scores(tiny, constrained_greedy):
+    output = constrained_greedy(tiny[1], PROMPTS)
+    assert texts(output) == [best_allowed(*tiny, prompt, ROOM, 2, STARTS) for prompt in PROMPTS]
+    assert hypotheses(output.found, 0) == texts(output)[:1]
+    check_scores(*tiny, output.found, 0.0)
+    free = make_decode_fn(tiny[0], "greedy", max_new_tokens=ROOM)(tiny[1], PROMPTS)
+    assert free.found is None and texts(free) != texts(output)
+
+
+def test_sampling_under_constraints(tiny, constrained_greedy):
+    options = {"no_repeat_ngram": 2, "starts": STARTS, "return_scores": True}
+    sample = make_decode_fn(tiny[0], "sample", max_new_tokens=ROOM, **options)
+    cold = sample(tiny[1], PROMPTS, temperature=0.0)
+    assert texts(cold) == texts(constrained_greedy(tiny[1], PROMPTS))
+    hot = sample(tiny[1], PROMPTS, 3, temperature=1.5)
+    check_scores(*tiny, hot.found, 0.0)
+    for prompt, text in zip(PROMPTS, texts(hot), strict=True):
+        assert any(text[: len(start)] == list(start) for start in STARTS)
+        grams = [tuple(([*prompt, *text])[i : i + 2]) for i in range(len(prompt) + len(text) - 1)]
+        new = grams[max(len(prompt) - 1, 0) :]
+        assert len(set(new)) == len(new) and not set(new) & set(grams[: max(len(prompt) - 1, 0)])
+
+
+def test_a_row_without_a_token_left_ends(tiny):
+    starts = ((7, 7),)  # which a rule against repetition forbids
+    fn = make_decode_fn(tiny[0], "greedy", max_new_tokens=ROOM, no_repeat_ngram=1, starts=starts, return_scores=True)
+    output = fn(tiny[1], [[1, 2], [7], [3]])
+    assert texts(output) == [[7], [], [7]]
+    assert np.isneginf(output.found.scores[1, 0]) and np.isfinite(output.found.scores[0, 0])
+
+
+@pytest.mark.parametrize("method", ["greedy", "sample", "beam", "contrastive"])
+def test_constraints_that_cannot_be(tiny, method):
+    for options, message in (
+        ({"no_repeat_ngram": -1}, "no_repeat_ngram must be 0"),
+        ({"starts": [[]]}, "empty list"),
+        ({"starts": [[61]]}, "the model has ids 0 to 60"),
+        ({"starts": ["ab"]}, "encode text first"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make_decode_fn(tiny[0], method, **options)

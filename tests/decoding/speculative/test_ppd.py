@@ -152,6 +152,17 @@ def test_text_is_greedy_whatever_the_prompts(tiny, settings):
     assert int(output.stats.drafted.sum()) > 8 * ROOM / 2 and int(output.stats.draft_calls.sum()) == 0
 
 
+def test_typical_acceptance_keeps_no_row_of_a_prompt(tiny):
+    """At temperature 0 it is greedy decoding; above it steps are fewer, and all tokens are of the vocabulary."""
+    model, params = tiny
+    fn = make_decode_fn(model, "ppd", max_new_tokens=12, nodes=12, acceptance="typical", epsilon=0.02)
+    both = WithDraft(params, random_prompts(CONFIG))
+    cold, warm = fn(both, PROMPTS), fn(both, PROMPTS, temperature=3.0)
+    assert fn.label == "lossy" and texts(cold) == greedy_texts(model, params, PROMPTS, 12)
+    assert texts(warm) != texts(cold) and int(warm.stats.accepted.sum()) > int(cold.stats.accepted.sum())
+    assert (np.asarray(warm.tokens) >= 0).all()
+
+
 def test_trees_that_never_pay_are_plain_decoding(tiny):
     model, params = tiny
     fn = make_decode_fn(model, "ppd", max_new_tokens=6, latency=LatencyCurve((1, 4, 16), (1.0, 9.0, 30.0)))

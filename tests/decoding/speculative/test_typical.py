@@ -57,10 +57,14 @@ def test_every_path_is_tried(epsilon):
     top_k = np.where(np.arange(BATCH) % 3 == 0, 3, 0).astype(np.int32)
     ones = np.ones(BATCH, np.float32)
     sampling = Sampling(temperature, top_k, ones, 0 * ones, ones)
-    dead = [{1, 4, 5, 8} if row % 5 == 0 else {9} if row % 5 == 1 else set() for row in range(BATCH)]
+    dead = [
+        {1, 4, 5, 8} if row % 5 == 0 else {9} if row % 5 == 1 else {7} if row % 5 == 2 else set()
+        for row in range(BATCH)
+    ]
     tree = template.tree(jnp.asarray(tokens))
     gone = np.array([[row in own for row in range(len(PATHS))] for own in dead])
-    tree = tree.replace(parent=jnp.where(gone, -1, tree.parent))
+    none = gone & (np.arange(BATCH)[:, None] % 5 == 2)  # rows without a token
+    tree = tree.replace(tokens=jnp.where(none, -1, tree.tokens), parent=jnp.where(gone & ~none, -1, tree.parent))
     keys = jax.vmap(jax.random.key)(jnp.arange(BATCH))
     target = Target(jnp.asarray(logits), sampling, jnp.zeros((BATCH, VOCAB), bool), keys, jnp.zeros(BATCH, jnp.int32))
     verified = jax.jit(lambda tree, target: verify(typical(epsilon), tree, target, MOST))(tree, target)
@@ -99,7 +103,7 @@ def test_at_temperature_zero_it_is_greedy_and_above_it_is_not(tiny, decoded):
 
 
 def test_labels_follow_the_options():
-    for name in ("medusa", "eagle", "hidden_transfer"):
+    for name in ("medusa", "eagle", "hidden_transfer", "ppd"):
         method = METHODS[name]
         assert method.label_of(method.options()) == method.label == "exact"
         assert method.label_of(method.options(acceptance="typical")) == "lossy"

@@ -94,11 +94,15 @@ def test_fewer_tokens_to_draw_than_siblings(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_dead_rows_are_never_accepted_and_keep_the_law(mode):
+@pytest.mark.parametrize("missing", ["parent", "token"])
+def test_dead_rows_are_never_accepted_and_keep_the_law(mode, missing):
     tree = trees(branching((2, 2)), HOW[mode])
     odd = np.arange(DRAWS)[:, None] % 2 == 1
     dead = odd & np.isin(np.arange(WIDTH), [2, 4, 5, 6])[None, :]  # chosen without a look at the tokens
-    tree = tree.replace(parent=np.where(dead, -1, tree.parent))
+    if missing == "parent":
+        tree = tree.replace(parent=np.where(dead, -1, tree.parent))
+    else:
+        tree = tree.replace(tokens=np.where(dead, -2, tree.tokens))
     exact, verified = exact_pairs(P), run(mode, tree, P)
     rows, count = verified.rows, verified.count
     assert np.isin(rows[1::2], [0, 1, 3]).all() and (rows[::2] > 3).any() and (count[1::2] == 3).any()
