@@ -5,7 +5,6 @@ alone and ASAp draw as many samples; after some numbers of them the divergence o
 nats, and the total variation. Finished grammars are kept.
 """
 
-import csv
 import dataclasses
 import math
 from collections import Counter
@@ -18,6 +17,7 @@ import numpy as np
 from decoding.grammar.asap import Node, Sample, Trie
 from experiments.kept import cell_key, keep, read_kept
 from experiments.loading import Loader
+from experiments.pages import save_table
 from experiments.runtime import machine
 from experiments.train_pages import answer, grid
 from experiments.train_table import TrainClaim
@@ -196,11 +196,7 @@ def write_table(config: AlignedTableConfig, rows: dict[str, Figures]) -> str:
         *(answer(claim, rows) for claim in config.claims),
     ]
     text = "\n".join(lines).rstrip() + "\n"
-    (config.folder / "table.md").write_text(text, encoding="utf-8")
-    with (config.folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["row", "measure", "value"])
-        writer.writerows([name, *pair] for name, figures in rows.items() for pair in figures.items())
+    save_table(config.folder, text, rows)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, figures in rows.items():

@@ -1,8 +1,8 @@
 """Dolphin's table as Markdown, CSV and a plot."""
 
-import csv
 from typing import TYPE_CHECKING
 
+from experiments.pages import save_table
 from experiments.runtime import machine
 from experiments.train_pages import answer, grid
 
@@ -17,15 +17,9 @@ _PAPER = "Paper: 4.32 s against 20.71 s of the 7B model with the whole context (
 def write_table(config: "DolphinTableConfig", measured: "Measured") -> str:
     """Writes table.md, table.csv and plot.png to the config's folder and returns the Markdown."""
     text = markdown(config, measured)
-    (config.folder / "table.md").write_text(text, encoding="utf-8")
-    with (config.folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["part", "row", "measure", "value"])
-        for parts in (measured.costs, measured.stages):
-            for part, rows in parts.items():
-                writer.writerows(
-                    [part, row, name, value] for row, figures in rows.items() for name, value in figures.items()
-                )
+    parts = {**measured.costs, **measured.stages}
+    found = {(part, row): figures for part, rows in parts.items() for row, figures in rows.items()}
+    save_table(config.folder, text, found, ("part", "row"))
     _plot(config, measured)
     return text
 

@@ -1,8 +1,8 @@
 """The knob's table as Markdown, CSV and a plot."""
 
-import csv
 from typing import TYPE_CHECKING, Any
 
+from experiments.pages import save_table
 from experiments.runtime import machine
 
 if TYPE_CHECKING:
@@ -26,11 +26,7 @@ _COLUMNS = {
 def write_table(config: "KnobTableConfig", measured: "Measured") -> str:
     """Writes table.md, table.csv and plot.png to the config's folder and returns the Markdown."""
     text = markdown(config, measured)
-    (config.folder / "table.md").write_text(text, encoding="utf-8")
-    with (config.folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["row", "measure", "value"])
-        writer.writerows([row, *pair] for row, figures in measured.rows.items() for pair in figures.items())
+    save_table(config.folder, text, measured.rows)
     _plot(config, measured)
     return text
 

@@ -10,10 +10,9 @@ Axis letters: D width, H query heads, K key/value heads, Dh head width, F feed-f
 
 from typing import NamedTuple
 
+from decoding.prefill import CHUNK
 from models.config import DecoderConfig, MoEConfig
 from models.errors import InputError
-
-CHUNK = 512  # tokens of a prompt that are read in one pass (`decoding.prefill`)
 
 
 class Cost(NamedTuple):
@@ -51,7 +50,7 @@ def pass_cost(config: DecoderConfig, tokens: int, held: int, written: int, items
 
 
 def reading_cost(config: DecoderConfig, tokens: int, held: int = 0, itemsize: int = 4) -> Cost:
-    """Returns the cost of reading tokens in pieces, without a word written."""
+    """Returns the cost of reading tokens in pieces of `CHUNK`, without a word written."""
     total = Cost(0.0, 0.0)
     for start in range(0, tokens, CHUNK):
         total = total.plus(pass_cost(config, min(CHUNK, tokens - start), held + start, 0, itemsize))

@@ -1,9 +1,9 @@
 """Return of the Encoder's table as Markdown, CSV and a plot."""
 
-import csv
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from experiments.pages import save_table
 from experiments.runtime import machine
 from experiments.train_pages import HELD_OUT, answer, grid
 
@@ -30,11 +30,7 @@ _SPEED = {
 def write_table(config: "RoeTableConfig", rows: Rows) -> str:
     """Writes table.md, table.csv and plot.png to the config's folder and returns the Markdown."""
     text = markdown(config, rows)
-    (config.folder / "table.md").write_text(text, encoding="utf-8")
-    with (config.folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["row", "measure", "value"])
-        writer.writerows([row, name, value] for row, figures in rows.items() for name, value in figures.items())
+    save_table(config.folder, text, rows)
     _plot(config, rows)
     return text
 

@@ -16,6 +16,7 @@ from experiments.decode import SamplingSettings
 from experiments.isotropy import layer_isotropy
 from experiments.kept import cell_key, keep, read_kept
 from experiments.loading import Loader
+from experiments.pages import save_table
 from experiments.questions import read_questions
 from experiments.train_pages import answer, grid
 from experiments.train_table import TrainClaim
@@ -43,6 +44,13 @@ class SearchRow:
     sampling: SamplingSettings = SamplingSettings()
     texts: int = 1  # of a list; searches must return as many (num_return)
     paper: str = ""
+
+    def __post_init__(self) -> None:
+        if self.texts < 1 or self.options.get("num_return", self.texts) != self.texts:
+            raise ValueError(
+                f"row {self.name!r} must have at least 1 of texts, and num_return as many; got {self.texts} and "
+                f"{self.options.get('num_return', self.texts)}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,8 +221,6 @@ def _judge(config: SearchTableConfig, loader: Loader, asked: Any, written: Any, 
 
 def write_table(config: SearchTableConfig, measured: dict[str, Figures]) -> str:
     """Writes table.md, table.csv and plot.png to the config's folder and returns the Markdown."""
-    import csv
-
     from matplotlib.figure import Figure
 
     from experiments.runtime import machine
@@ -231,11 +237,7 @@ def write_table(config: SearchTableConfig, measured: dict[str, Figures]) -> str:
         lines += ["| --- | --- | --- |"]
         lines += [f"| {name} | {own['raw']:.3f} | {own['centred']:.3f} |" for name, own in layers.items()] + [""]
     text = "\n".join([*lines, *(answer(claim, rows, config.size.prompts) for claim in config.claims)]).rstrip() + "\n"
-    (config.folder / "table.md").write_text(text, encoding="utf-8")
-    with (config.folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["row", "measure", "value"])
-        writer.writerows([name, *pair] for name, figures in rows.items() for pair in figures.items())
+    save_table(config.folder, text, rows)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, figures in rows.items():

@@ -1,6 +1,5 @@
 """A measured table as Markdown, CSV and a plot, with the machine and the versions that it was measured with."""
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.cells import Cell, total
 from experiments.head_pages import head_section
+from experiments.pages import save_table
 from experiments.questions import Question
 
 if TYPE_CHECKING:
@@ -44,11 +44,7 @@ def write_table(config: "TableConfig", cells: Cells, questions: Mapping[str, Seq
     }
     measures = {key: measures_of(cell, summed["plain", key[1]]) for key, cell in summed.items()}
     text = markdown(config, measures, questions, sorted({cell.machine for cell in cells.values()}))
-    (config.folder / "table.md").write_text(text, encoding="utf-8")
-    with (config.folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["row", "task", "measure", "value"])
-        writer.writerows([*key, name, value] for key, values in measures.items() for name, value in values.items())
+    save_table(config.folder, text, measures, ("row", "task"))
     _plot(config, measures, config.folder / "plot.png")
     return text
 

@@ -1,11 +1,11 @@
 """A table of training runs as Markdown, CSV and a plot."""
 
-import csv
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from experiments.pages import save_table
 from experiments.runtime import machine
 from experiments.tables import share_error, verdict
 
@@ -48,12 +48,7 @@ def write_table(config: "TrainTableConfig", measured: tuple[Rows, Rows]) -> str:
     """Writes table.md, table.csv and plot.png of (rows, rows of texts) to the config's folder; returns the Markdown."""
     rows, texts = measured
     text = markdown(config, rows, texts)
-    (config.folder / "table.md").write_text(text, encoding="utf-8")
-    with (config.folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["row", "measure", "value"])
-        found = {**rows, **texts}
-        writer.writerows([row, name, value] for row, figures in found.items() for name, value in figures.items())
+    save_table(config.folder, text, {**rows, **texts})
     _plot(rows, config.folder / "plot.png")
     return text
 

@@ -1,9 +1,9 @@
 """Yi's table as Markdown, CSV and a plot."""
 
-import csv
 from typing import TYPE_CHECKING
 
 from experiments.cascade import counts_page
+from experiments.pages import save_table
 from experiments.runtime import machine
 from experiments.train_pages import HELD_OUT, answer, grid
 
@@ -16,13 +16,8 @@ _DEPTH = {HELD_OUT: ("held-out cross-entropy", ".4f"), "size/trainable": ("param
 def write_table(config: "YiTableConfig", measured: "Measured") -> str:
     """Writes table.md, table.csv and plot.png to the config's folder and returns the Markdown."""
     text = markdown(config, measured)
-    (config.folder / "table.md").write_text(text, encoding="utf-8")
-    with (config.folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["row", "measure", "value"])
-        found = {**measured.depth, **measured.context}
-        writer.writerows([row, name, value] for row, figures in found.items() for name, value in figures.items())
-        writer.writerows([one.stage, name, getattr(one, name)] for one in measured.counts for name in _COUNTED)
+    counts = {one.stage: {name: getattr(one, name) for name in _COUNTED} for one in measured.counts}
+    save_table(config.folder, text, {**measured.depth, **measured.context, **counts})
     _plot(config, measured)
     return text
 

@@ -65,11 +65,16 @@ def test_what_is_finished_is_kept(table, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [("reference: samples", "reference: sampels"), ("than: beam", "than: beams")]
+    ("before", "after"),
+    [
+        ("reference: samples", "reference: sampels"),
+        ("than: beam", "than: beams"),
+        ("num_return: 2}, texts: 2", "num_return: 2}, texts: 1"),
+    ],
 )
 def test_settings_that_do_not_fit(tmp_path, before, after):
     (tmp_path / "table.yaml").write_text(TABLE.replace(before, after))
-    with pytest.raises(InputError, match="must be one of them|must compare rows"):
+    with pytest.raises(InputError, match="must be one of them|must compare rows|num_return as many"):
         reproduce.main([str(tmp_path / "table.yaml"), "--out", str(tmp_path / "out")])
 
 
