@@ -2,7 +2,7 @@
 
 With `type: train` it times training in place of decoding (`experiments.bench_train`), with `type: long_text` it
 measures attention on a long text (`experiments.bench_text`), with `type: core_infer` what fewer neurons save and cost
-(`experiments.bench_core_infer`).
+(`experiments.bench_core_infer`), with `type: constrained` what grammars cost (`experiments.bench_constrained`).
 
 Our jitted greedy decoding (with `beams` above 1: beam search) and, where torch and transformers can be imported,
 Hugging Face generate, on the same weights, dtype, prompts and token counts, in alternation in one run. Times of a run
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from experiments.bench_constrained import ConstrainedBenchConfig, bench_constrained
 from experiments.bench_core_infer import CoreInferBenchConfig, bench_core_infer
 from experiments.bench_text import LongTextConfig, bench_text
 from experiments.bench_train import TrainBenchConfig, bench_training
@@ -199,9 +200,10 @@ def main() -> None:
         "train": (TrainBenchConfig, bench_training),
         "long_text": (LongTextConfig, bench_text),
         "core_infer": (CoreInferBenchConfig, bench_core_infer),
+        "constrained": (ConstrainedBenchConfig, bench_constrained),
     }
     kind, bench = kinds.get(chosen_type(sys.argv[1:]), (BenchConfig, bench_decoding))
-    description = "Times decoding on this machine; or measures training, long texts or fewer neurons, by its `type`."
+    description = "Times decoding here; or measures training, long texts, fewer neurons or grammars, by its `type`."
     bench(load_config(kind, prog="python -m experiments.bench", description=description))
 
 

@@ -31,6 +31,7 @@ _BENCHES = (
     ("long_text_bench", "python -m experiments.bench --config configs/bench/long_text.yaml"),
     ("exact_check", "python -m experiments.check_exact --config configs/bench/exact.yaml"),
     ("train_bench", "python -m experiments.bench --config configs/bench/train.yaml"),
+    ("constrained_bench", "python -m experiments.bench --config configs/bench/constrained.yaml"),
     ("core_infer_bench", "python -m experiments.bench --config configs/bench/core_infer.yaml"),
 )
 

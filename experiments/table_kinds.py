@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from experiments import (
+    aligned_table,
     codet5plus_pages,
     codet5plus_table,
     knob_config,
@@ -14,6 +15,7 @@ from experiments import (
     moe_x_table,
     roe_pages,
     roe_table,
+    search_table,
     train_pages,
     train_table,
     yi_pages,
@@ -45,4 +47,6 @@ KINDS: dict[str | None, Kind] = {
     "return_of_the_encoder": Kind(roe_table.RoeTableConfig, roe_table.measure, roe_pages.write_table),
     "training": Kind(train_table.TrainTableConfig, train_table.measure, train_pages.write_table),
     "yi": Kind(yi_table.YiTableConfig, yi_table.measure, yi_pages.write_table),
+    "search": Kind(search_table.SearchTableConfig, search_table.measure, search_table.write_table),
+    "grammar_aligned": Kind(aligned_table.AlignedTableConfig, aligned_table.measure, aligned_table.write_table),
 }

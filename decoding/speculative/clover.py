@@ -1,7 +1,7 @@
 """Clover: heads in a row, each told which token the one before it guessed.
 
-Sources: "Clover: Regressive Lightweight Speculative Decoding with Sequential Knowledge" (2405.00263), section 3, and
-"Clover-2" (2408.00264), section 3 (`version: 2`). f_t is the target's last hidden state under the final norm, r_t the
+Sources: "Clover: Regressive Lightweight Speculative Decoding with Sequential Knowledge" (2405.00263), and "Clover-2"
+(2408.00264) with its released code (`version: 2`). f_t is the target's last hidden state under the final norm, r_t the
 one before it, e(x) the unembedding's row of token x. With x_{t+1} known, token t + 1 + i is guessed from y_i:
 
     attention decoder        A(h, e) = h + concat over heads of cos(q, k) v,   q = W_q norm(h), k = W_k e, v = W_v e
@@ -13,15 +13,15 @@ one before it, e(x) the unembedding's row of token x. With x_{t+1} known, token 
               heads          y_1 = norm(F_1 h_1),   y_i = norm(F_2 [h_i; e(x_{t+i})])
 
 Tokens guessed take the place of those that are not known; the h are carried on, not the y. Of the key of one token
-alone a softmax would be 1, hence the cosine. What may enter the tree of a step is what section 3.4 of the first paper
-says: children in order of probability until `mass` is reached, those with `share` of the likeliest one's at least.
+alone a softmax would be 1, hence the cosine. Children may enter the tree in order of probability until `mass` is
+reached, those with `share` of the likeliest one's at least, as the authors describe the first version's sampling.
 
 Deviations. The paper keeps of each level what its budget leaves and takes the parents of the next level off it; here
 the `nodes` guesses of greatest joint probability are the tree (`decoding.speculative.dynamic_tree`), the best that so
 many nodes can be. The layers start as the identity, their output projections zero (the papers: as copies of the
 target's last layer); norms behind the heads of Clover-2 start at f's size. e is normalised to RMS 1 (Clover), or as it
-stands, times a constant that is trained (Clover-2). Clover's papers leave out: without the decoder (`decoder: false`),
-as in its ablation, h_i = h_{i-1} + SiLU(C [norm(h_{i-1}); e] + c). Losses are those of `finetune.draft_heads`.
+stands, times a constant that is trained (Clover-2). What stands in the decoder's place in the ablation is not said;
+here (`decoder: false`) h_i = h_{i-1} + SiLU(C [norm(h_{i-1}); e] + c). Losses are those of `finetune.draft_heads`.
 
 Axis letters: B batch, T tokens or rows, K offsets, D model width, H heads.
 """

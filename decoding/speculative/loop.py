@@ -1,5 +1,6 @@
 """Draft and verify: one step for every drafter. Propose a tree, run the target once over its rows, keep what the target
-would have written itself, tell the drafter.
+would have written itself, tell the drafter. In rows with a grammar, what leaves it is taken out of the tree first, and
+the target's laws are masked as in plain constrained decoding.
 
 Sources: speculative decoding (2211.17192, 2302.01318) over token trees (SpecInfer 2305.09781). Each row of a ragged
 batch accepts its own number of tokens; no row waits for another.
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from decoding.grammar.trees import Masks, along, inside
 from decoding.method import Call, Policy, Steps, target_params
 from decoding.prefill import Prompts, prompt_tokens
 from decoding.sampling import step_keys
@@ -59,20 +61,26 @@ def make_speculative(model: Decoder, drafter: Drafter, stop_tokens: tuple[int, .
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _DRAFT)
         round_ = Round(state.last, keys, carry.call, carry.seen, state.done, state.cache)
         tree, draft, drafted, draft_calls = drafter.propose(params, carry.draft, round_)
+        masks = None
+        if carry.call.grammar is not None:
+            vocab = model.config.vocab_size
+            masks, tree, lost = inside(carry.call.grammar, state, tree, drafter.most - 1, vocab, stop_tokens)
+            drafted -= lost
         active = (~state.done).astype(jnp.int32)
         stats = state.stats.replace(
             drafted=state.stats.drafted + drafted * active, draft_calls=state.stats.draft_calls + draft_calls * active
         )
         state = state.replace(stats=stats, carry=carry.replace(draft=None))  # loops copy what they write to
         if len(sizes) == 1:
-            state, found = finish(params, state, tree)
+            state, found = finish(params, state, tree, masks)
         else:
             places = jnp.arange(1, drafter.width + 1)[None, :]
             needed = jnp.where((tree.parent >= 0) & ~state.done[:, None], places, 1).max()
             chosen = jnp.searchsorted(jnp.asarray(sizes), needed)
             found = _nothing(model, drafter, params, carry.seen.shape)
             for index, size in enumerate(sizes):
-                run = functools.partial(finish, params, tree=tree.first(size))
+                cut = masks and masks.first(size)
+                run = functools.partial(finish, params, tree=tree.first(size), masks=cut)
                 state, found = run_if(chosen == index, lambda pair, run=run: run(pair[0]), (state, found))
         draft = drafter.observe(params, draft, Seen(tree, found.digest, found.verified, found.emitted))
         return state.replace(carry=state.carry.replace(draft=draft))
@@ -107,9 +115,13 @@ def verify_step(
     params: Any,
     state: DecodeState,
     tree: TokenTree,
+    masks: Masks | None = None,
 ) -> tuple[DecodeState, Found]:
-    """Runs the target over a tree (or the first rows of it) and keeps what is verified; the drafter is not asked."""
-    carry = state.carry
+    """Runs the target over a tree (or the first rows of it) and keeps what is verified; the drafter is not asked.
+
+    `masks` say what the rows' grammars allow behind the tree's rows.
+    """
+    carry, call = state.carry, state.carry.call
     output = model.apply(
         {"params": target_params(params)},
         tree.tokens,
@@ -120,7 +132,8 @@ def verify_step(
         collect=drafter.collect,
         instead=None if drafter.embed is None else drafter.embed(params, tree),
     )
-    target = Target(output.logits, carry.call.sampling, carry.seen, carry.call.keys, state.lengths)
+    logits = output.logits if masks is None else masks.apply(output.logits, stop_tokens)
+    target = Target(logits, call.sampling, carry.seen, call.keys, state.lengths)
     verified = verify(drafter.mode, tree, target, drafter.most)
     after = emit(state, verified.tokens, verified.count, stop_tokens)
     emitted = after.lengths - state.lengths
@@ -133,7 +146,9 @@ def verify_step(
         lambda x: jnp.pad(x, ((0, 0), (0, unread), *((0, 0) for _ in x.shape[2:]))),
         drafter.digest(output.logits, output.hidden),
     )
-    carry = carry.replace(seen=seen, memory=output.aux.memory)
+    if masks is not None:
+        call = call.replace(grammar=along(call.grammar, verified.tokens, emitted))
+    carry = carry.replace(call=call, seen=seen, memory=output.aux.memory)
     after = after.replace(cache=cache, stats=after.stats.replace(accepted=accepted), carry=carry)
     return after, Found(verified, emitted, digest)
 

@@ -149,4 +149,4 @@ def make_prompt_lookup(model: Decoder, options: PromptLookupOptions, stop_tokens
     return make_speculative(model, lookup_drafter(options), stop_tokens)
 
 
-PROMPT_LOOKUP = Method("exact", PromptLookupOptions, make_prompt_lookup, temperature=0.0)
+PROMPT_LOOKUP = Method("exact", PromptLookupOptions, make_prompt_lookup, temperature=0.0, grammars=True)

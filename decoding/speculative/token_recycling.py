@@ -222,4 +222,4 @@ def make_token_recycling(model: Decoder, options: TokenRecyclingOptions, stop_to
     return make_speculative(model, drafter, stop_tokens)
 
 
-TOKEN_RECYCLING = Method("exact", TokenRecyclingOptions, make_token_recycling, temperature=0.0)
+TOKEN_RECYCLING = Method("exact", TokenRecyclingOptions, make_token_recycling, temperature=0.0, grammars=True)

@@ -9,6 +9,7 @@ from decoding import METHODS
 from decoding.speculative.sizing import LatencyCurve
 from experiments import table_kinds
 from experiments.bench import BenchConfig
+from experiments.bench_constrained import ConstrainedBenchConfig
 from experiments.bench_core_infer import CoreInferBenchConfig
 from experiments.bench_long_context import LongContextBenchConfig
 from experiments.bench_speculation import SpeculationBenchConfig
@@ -35,6 +36,7 @@ KINDS = {
     "bench/exact": ExactCheckConfig,
     "bench/train": TrainBenchConfig,
     "bench/long_context": LongContextBenchConfig,
+    "bench/constrained": ConstrainedBenchConfig,
     "bench/core_infer": CoreInferBenchConfig,
     "bench/speculation": SpeculationBenchConfig,
     "bench/long_text": LongTextConfig,
