@@ -98,7 +98,8 @@ def test_what_cannot_be_trained_is_said(run, folder):
     (folder / "none.yaml").write_text(TRAIN.replace(": TEXTS", f": {folder / 'none'}").replace(": GENERATE", ": null"))
     code, _, err = run(train.main, "--config", folder / "none.yaml", *flags[2:])
     assert code == 2 and "cannot read the texts" in err and "experiments.generate" in err
-    code, _, err = run(train.main, *flags, "--scratch.layers", "1")
+    (folder / "new.yaml").write_text("scratch: {layers: 1}" + TRAIN)
+    code, _, err = run(train.main, "--config", folder / "new.yaml", *flags[2:])
     assert code == 2 and "own_texts are what `model` writes as it is" in err
     table = ["--config", folder / "table.yaml", "--preset", "smoke", "--model", folder / "model"]
     (folder / "table.yaml").write_text((folder / "table.yaml").read_text().replace("run/model", "run/none"))
