@@ -19,6 +19,7 @@ from decoding.speculative.clover import CLOVER
 from decoding.speculative.dyspec import DYSPEC
 from decoding.speculative.eagle import EAGLE
 from decoding.speculative.hidden_transfer import HIDDEN_TRANSFER
+from decoding.speculative.lexical_unit_verified import LEXICAL_UNIT_VERIFIED
 from decoding.speculative.medusa import MEDUSA
 from decoding.speculative.ppd import PPD
 from decoding.speculative.prompt_lookup import PROMPT_LOOKUP
@@ -45,6 +46,7 @@ METHODS: dict[str, Method] = {
     "hidden_transfer": HIDDEN_TRANSFER,
     "knob": KNOB,
     "lexical_unit": LEXICAL_UNIT,
+    "lexical_unit_verified": LEXICAL_UNIT_VERIFIED,
     "lserve": LSERVE,
     "medusa": MEDUSA,
     "ppd": PPD,

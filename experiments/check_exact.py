@@ -203,7 +203,8 @@ def _sized(fn: Any, longest: int, stops: Sequence[int]) -> Any:
     from decoding.prefill import bucket_length
 
     slots = fn.plan.num_slots(bucket_length(longest))
-    return DecodeFn(dataclasses.replace(fn.plan, stop_tokens=tuple(stops) or fn.plan.stop_tokens, cache_slots=slots))
+    plan = dataclasses.replace(fn.plan, stop_tokens=tuple(stops) or fn.plan.stop_tokens, cache_slots=slots)
+    return DecodeFn(plan, fn.settings)
 
 
 def check(config: ExactCheckConfig, loader: Loader, prompts: Sequence[list[int]]) -> dict[str, tuple[Found, Found]]:

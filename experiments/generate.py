@@ -1,4 +1,4 @@
-"""Lets a model write texts and stores its hidden states over them, to train heads that draft for it:
+"""Lets a model write texts and stores its hidden states over them, to train it, or heads that draft for it:
 `python -m experiments.generate --config configs/generate/smollm2.yaml`.
 
 Writes texts.jsonl, and hidden/ with the residual streams that were asked for. Run it again after an interruption: it
@@ -112,6 +112,22 @@ def main(argv: list[str] | None = None) -> None:
     setup_runtime()
     run(config)
     print(f"saved in {config.out}/")
+
+
+def ensure_texts(folder: Path, config: Path | None, model: str, dtype: Any) -> None:
+    """Lets a model write texts, by a config of this main, where their folder does not exist yet.
+
+    Args:
+        folder: of the texts.
+        config: for everything but model, dtype and folder; None: nothing is written.
+        model: that writes.
+        dtype: of the model.
+    """
+    if folder.exists() or config is None:
+        return
+    print(f"generating texts first ({config})", flush=True)
+    made = load_config(GenerateConfig, ["--config", str(config)], prog=_PROG, description="")
+    run(dataclasses.replace(made, model=model, dtype=dtype, out=folder))
 
 
 def run(config: GenerateConfig) -> None:

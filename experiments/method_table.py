@@ -18,6 +18,7 @@ from experiments.questions import Question, read_questions
 from experiments.rows import Rows
 from experiments.tables import write_table as write_page
 from experiments.train_acceptance_head import ensure_head, head_stamp
+from experiments.trained_model import ensure_model, model_stamp
 from models.errors import InputError, unknown_name
 
 
@@ -32,15 +33,20 @@ class TableRow:
     draft: bool = False  # drafts with the table's draft model
     retrieval: Retrieval | None = None  # shortens documents; None: they are read whole
     head: Path | None = None  # the draft's acceptance head, or the model's own draft head, for methods that use one
-    train: Path | None = None  # the config that trains the head where it does not exist yet
+    train: Path | None = None  # the config that trains the head, or the model, where it does not exist yet
     paper: str = ""  # what the paper reports, in words and figures
     # Questions of the file, of those that no cell asks, whose replies by the target an ADED table starts from. Not in
     # the repr, and so in no cell's key: `measure` puts the questions themselves there.
     corpus: int = dataclasses.field(default=0, repr=False)
+    # The folder of a model that was trained from the table's and decodes in its place. Not in the repr either: what is
+    # in it is in the key.
+    model: Path | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.corpus < 0 or (self.corpus and self.method != "aded"):
             raise ValueError(f"row {self.name!r}: corpus is a number of questions, and only for aded")
+        if self.model is not None and (self.draft or self.head is not None or self.name == "plain"):
+            raise ValueError(f"row {self.name!r}: a row with a model of its own has no draft or head, and is not plain")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Claim:
     text: str = ""
     row: str = ""
     than: str = "plain"
-    measure: Literal["mat", "extra", "speedup", "break_even", "correct", "acceptance", "by_target"] = "mat"
+    measure: Literal["mat", "extra", "speedup", "break_even", "correct", "agreement", "acceptance", "by_target"] = "mat"
     factor: float = 1.0
 
 
@@ -140,10 +146,10 @@ def check(config: TableConfig) -> None:
 
 
 def measure(config: TableConfig) -> Measured:
-    """Measures what is missing; heads that do not exist yet are trained first."""
+    """Measures what is missing; heads and models that do not exist yet are trained first."""
     questions = read_tasks(config)
     for row in config.chosen:
-        _ensure_head(config, row)
+        _ensure_trained(config, row)
     (config.folder / "runs").mkdir(parents=True, exist_ok=True)
     return Measured(_cells(config, questions), questions)
 
@@ -190,7 +196,7 @@ def _keys(
     """
     keys: dict[tuple[str, str], str] = {}
     for row in config.chosen:
-        history = head_stamp(row.head) + (stamp(corpora[row.name]) if row.corpus else "")
+        history = head_stamp(row.head) + model_stamp(row.model) + (stamp(corpora[row.name]) if row.corpus else "")
         history += "long prompts" if config.long_prompts else ""
         for task, asked in questions.items():
             size = config.size.max_new_tokens
@@ -231,8 +237,10 @@ def _check_heads(config: TableConfig) -> None:
             raise InputError(f"row {row.name!r} drafts with a trained head: name its file in head")
 
 
-def _ensure_head(config: TableConfig, row: TableRow) -> None:
-    """Trains the head of a row where its file does not exist yet."""
+def _ensure_trained(config: TableConfig, row: TableRow) -> None:
+    """Trains the head or the model of a row where it does not exist yet."""
+    if row.model is not None:
+        ensure_model(row.model, row.train, config.model, config.dtype)
     if row.head is None:
         return
     if config.draft is not None and row.draft:

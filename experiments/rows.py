@@ -1,4 +1,4 @@
-"""The rows of a table while it is measured: each method on the table's model, made when it is first needed."""
+"""The rows of a table while it is measured: each method on the table's model or its own, made when first needed."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -69,7 +69,7 @@ class Rows:
         if row.draft and config.draft is None:
             raise InputError(f"row {row.name!r} drafts with a second model: name it in draft")
         decode_fn, params, tokenizer = self.loader.decode_fn(
-            config.model,
+            config.model if row.model is None else str(row.model),
             row.method,
             row.options,
             draft=config.draft if row.draft else None,
@@ -78,6 +78,6 @@ class Rows:
             context=self._longest,
         )
         slots = decode_fn.plan.num_slots(self._longest)
-        decode_fn = DecodeFn(dataclasses.replace(decode_fn.plan, cache_slots=slots))
+        decode_fn = DecodeFn(dataclasses.replace(decode_fn.plan, cache_slots=slots), decode_fn.settings)
         sampling = {name: value for name, value in dataclasses.asdict(row.sampling).items() if value is not None}
         return Row(tokenizer, decode_fn, params, sampling, row.retrieval, self._shared)

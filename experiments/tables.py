@@ -20,6 +20,7 @@ SECTIONS = {
     "break_even": "Break-even MAT: a step's time over a plain step's",
     "tokens_per_second": "New tokens per second of prompt and decoding",
     "correct": "Share of right answers",
+    "agreement": "Share of plain decoding's text before the first other token",
 }
 TOTALS = {
     "tokens_per_second": "tokens/s",
@@ -55,11 +56,12 @@ def measures_of(cell: Cell, plain: Cell) -> dict[str, float]:
     mat is new tokens per step, extra those but for the one that plain decoding has too. speedup compares tokens per
     second of prompt and decoding with plain decoding's in the same run. break_even is a step's time over a plain
     step's: what MAT must exceed for decoding to be faster than plain. same is the share of turns whose token ids equal
-    plain decoding's. by_target is the share of new tokens that the target itself wrote, correct the share of right
-    replies, where replies are scored.
+    plain decoding's, agreement the share of its tokens up to the first one that is another. by_target is the share of
+    new tokens that the target itself wrote, correct the share of right replies, where replies are scored.
     """
     plain_seconds = cell.plain_prefill_seconds + cell.plain_decode_seconds
-    same = sum(ours == theirs for ours, theirs in zip(cell.tokens, plain.tokens, strict=True))
+    turns = list(zip(cell.tokens, plain.tokens, strict=True))
+    same, agreed = sum(ours == theirs for ours, theirs in turns), sum(_common(*turn) for turn in turns)
     return {
         "mat": cell.mat,
         "extra": cell.mat - 1,
@@ -67,6 +69,7 @@ def measures_of(cell: Cell, plain: Cell) -> dict[str, float]:
         "speedup": cell.tokens_per_second * plain_seconds / cell.plain_tokens,
         "break_even": (cell.decode_seconds / cell.steps) / (cell.plain_decode_seconds / cell.plain_steps),
         "same": same / len(plain.tokens),
+        "agreement": agreed / plain.emitted,
         "acceptance": cell.accepted / cell.drafted if cell.drafted else 0.0,
         "by_target": (cell.emitted - cell.accepted) / cell.emitted,
         **({"correct": cell.correct / cell.scored, "scored": cell.scored} if cell.scored else {}),
@@ -74,6 +77,12 @@ def measures_of(cell: Cell, plain: Cell) -> dict[str, float]:
         "draft_calls": cell.draft_calls,
         "new_tokens": cell.emitted,
     }
+
+
+def _common(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """Returns how many tokens two texts begin with alike."""
+    differs = (place for place, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1])
+    return next(differs, min(len(ours), len(theirs)))
 
 
 def markdown(

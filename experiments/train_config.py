@@ -6,7 +6,7 @@ from typing import Literal
 
 from experiments.train_dolphin import DolphinTraining
 from finetune.adapters import AdapterConfig, LoraConfig
-from finetune.data_configs import DataConfig, GeneratedData
+from finetune.data_configs import DataConfig, GeneratedData, OwnTextsData
 from finetune.distributed import DistributedConfig
 from finetune.objective_configs import CrossEntropyConfig, ObjectiveConfig
 from finetune.optimizers import OptimizerConfig
@@ -99,6 +99,8 @@ class TrainConfig:
             raise ValueError("join is of two trained models (scratch: null), and trains the encoder (adapter: null)")
         if self.dolphin is not None and self.adapter is not None and self.adapter.type != "lora":
             raise ValueError("a pair of decoders (dolphin) is trained with the adapter lora, or whole (adapter: null)")
+        if isinstance(self.data, OwnTextsData) and [self.scratch, self.growth, self.join, self.dolphin] != [None] * 4:
+            raise ValueError("own_texts are what `model` writes as it is: leave out scratch, growth, join and dolphin")
         if self.growth is not None and (self.scratch is not None or self.adapter is not None):
             raise ValueError(
                 "growth is of a trained model (scratch: null), and of what is trained whole (adapter: null)"

@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from decoding.speculative.head_kinds import HEADS, HeadConfig
 from decoding.speculative.medusa import MedusaConfig
-from experiments import generate
 from experiments.config import dump_config, load_config, save_config
+from experiments.generate import ensure_texts
 from experiments.kept import locked
 from experiments.runtime import run_main, setup_runtime
 from experiments.train_config import Saving
@@ -155,22 +155,13 @@ def _check_same(config: DraftHeadConfig, run: HeadRun, facts: dict[str, Any]) ->
         raise InputError(f"the texts are not what the run in {config.run_dir} was trained on; choose another run_dir")
 
 
-def ensure_texts(config: DraftHeadConfig) -> None:
-    """Generates the texts where their folder does not exist yet."""
-    if config.texts.exists() or config.generate is None:
-        return
-    print(f"generating texts first ({config.generate})", flush=True)
-    made = load_config(generate.GenerateConfig, ["--config", str(config.generate)], prog=_PROG, description="")
-    generate.run(dataclasses.replace(made, model=config.model, dtype=config.dtype, out=config.texts))
-
-
 def run_training(config: DraftHeadConfig) -> dict[str, float]:
     """Trains, or goes on, to `config.steps` updates; returns the figures of the head that was saved."""
     from experiments.training import check_folder
     from finetune.checkpoints import Checkpoints
     from finetune.run_log import RunLog
 
-    ensure_texts(config)
+    ensure_texts(config.texts, config.generate, config.model, config.dtype)
     run = HeadRun(config)
     check_folder(config.run_dir)
     with contextlib.ExitStack() as held:

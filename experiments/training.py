@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from experiments.base_model import Base, load_base, objective_of, pairs_of
 from experiments.config import dump_config, save_config
+from experiments.generate import ensure_texts
 from experiments.joining import encoder_tuning
 from experiments.kept import locked
 from experiments.train_config import TrainConfig
@@ -33,8 +34,10 @@ from finetune.adapters.gradients import sum_gradients
 from finetune.adapters.saved import base_of, save_adapter
 from finetune.checkpoints import Checkpoints
 from finetune.data import TrainingData, read_data
+from finetune.data_configs import OwnTextsData
 from finetune.distributed import check_rows, global_batch, is_main, on_main, row_share
 from finetune.emo import EmoConfig, cosine_spread
+from finetune.lexical_units import LexicalUnitConfig, check_unused
 from finetune.objectives import BatchObjective, Objective
 from finetune.optimizers import learning_rate, make_optimizer
 from finetune.packing import Batches
@@ -76,7 +79,11 @@ def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size // config.accumulate, mesh)
     base = load_base(config, mesh)
-    data = read_data(config.data, base.tokenizer, config.length, pairs_of(config, base.model, base.reader))
+    pairs = pairs_of(config, base.model, base.reader)
+    writer = base_of(base.name, base.params) if isinstance(config.data, OwnTextsData) else None
+    data = read_data(config.data, base.tokenizer, config.length, pairs, writer)
+    if isinstance(config.objective, LexicalUnitConfig):
+        check_unused(config.objective, (data.train, data.test), base.tokenizer)
     batches, test = _batches(config, data.train, mesh), config.evaluation.batches
     # Held-out rows are read by the micro-batch: what an update can hold, an evaluation can.
     part = dataclasses.replace(config, batch_size=config.batch_size // config.accumulate, accumulate=1)
@@ -244,6 +251,9 @@ def run_training(config: TrainConfig) -> Figures:
             held.enter_context(locked(config.run_dir, "--run_dir"))
 
         on_main(open_folder)
+        if isinstance(config.data, OwnTextsData):
+            own = config.data
+            on_main(lambda: ensure_texts(own.texts, own.generate, config.model, config.dtype))
         checkpoints = held.enter_context(Checkpoints(config.run_dir / "checkpoints", config.saving.keep))
         try:
             run = prepare(config, checkpoints)

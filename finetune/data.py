@@ -1,4 +1,5 @@
-"""Where texts to train on come from: code that writes them, files, or the hub, the latter two by way of `datasets`.
+"""Where texts to train on come from: code or the model that writes them, files, or the hub, the latter two by way of
+`datasets`.
 
 `read_data` gives rows for training and testing (`finetune.rows`), `finetune.packing.Batches` the batches of a run. All
 rows are read before the first update. Where no test split is named, one is taken from the training rows: by a hash of
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from decoding.contexts import SLOT
+from finetune.adapters.saved import Base
 from finetune.code_pairs import code_pairs
 from finetune.corpus import Example, generate
 from finetune.data_configs import (
@@ -18,6 +20,7 @@ from finetune.data_configs import (
     FactsData,
     GeneratedData,
     OthelloData,
+    OwnTextsData,
     RecallData,
     RecordsData,
     StoriesData,
@@ -28,6 +31,7 @@ from finetune.othello import games
 from finetune.recall import recall_examples
 from finetune.records import record_examples
 from finetune.rows import Compressed, Pairs, Row, Rows, as_chat, encode, fit, pair, with_context
+from finetune.self_texts import as_row, read_texts
 from finetune.sources import FileData, HubData, Item, Placed, read_source
 from finetune.stories import stories
 from models.errors import InputError
@@ -68,7 +72,9 @@ class TrainingData(NamedTuple):
     notes: tuple[str, ...]
 
 
-def read_data(config: DataConfig, tokenizer: Tokenizer, length: int, pairs: Beside | None = None) -> TrainingData:
+def read_data(
+    config: DataConfig, tokenizer: Tokenizer, length: int, pairs: Beside | None = None, writer: Base | None = None
+) -> TrainingData:
     """Reads, encodes and splits what a config names.
 
     Args:
@@ -77,12 +83,13 @@ def read_data(config: DataConfig, tokenizer: Tokenizer, length: int, pairs: Besi
         length: most tokens of a row, from 2 up.
         pairs: of a model with an encoder, which reads prompts and writes completions, or with a compressor, which reads
             contexts; None: of any other.
+        writer: the model that must have written texts of its own; None: any may have.
 
     Raises:
-        InputError: no such task, file, dataset, split or column; a row without the wanted text, named by its number; no
-            row left to train on, or none to test on where some were asked for.
+        InputError: no such task, file, dataset, split or column; texts that another model wrote; a row without the
+            wanted text, named by its number; no row left to train on, or none to test on where some were asked for.
     """
-    source, train, test, chat = _read(config)
+    source, train, test, chat = _read(config, writer)
     train = _encode(train, tokenizer, chat, pairs)
     if test is not None:
         test = _encode(test, tokenizer, chat, pairs)
@@ -107,10 +114,14 @@ def read_data(config: DataConfig, tokenizer: Tokenizer, length: int, pairs: Besi
     return TrainingData(rows, test_rows, tuple(questions), (*notes, *test_notes))
 
 
-def _read(config: DataConfig) -> tuple[str, Placed, Placed | None, bool]:
+def _read(config: DataConfig, writer: Base | None) -> tuple[str, Placed, Placed | None, bool]:
     """Returns (what to call the source, its items to train on, those to test on if the config names any, chat)."""
     if isinstance(config, FileData | HubData):
         return *read_source(config), config.columns.chat
+    if isinstance(config, OwnTextsData):
+        texts = read_texts(config.texts / "texts.jsonl", writer)
+        train, test = ([(f"text {t.index}", as_row(t)) for t in texts if t.split == name] for name in ("train", "test"))
+        return str(config.texts), train, test, False
 
     def side(size: int, test: bool) -> Placed:
         if isinstance(config, StoriesData):
@@ -138,7 +149,10 @@ def _encode(items: Placed, tokenizer: Tokenizer, chat: bool, pairs: Beside | Non
     encoded = []
     for place, item in items:
         try:
-            row = encode(tokenizer, as_chat(item) if chat and isinstance(item, Example) else item)
+            if isinstance(item, Row):
+                row = item
+            else:
+                row = encode(tokenizer, as_chat(item) if chat and isinstance(item, Example) else item)
             if isinstance(pairs, Compressed):
                 row = _compressed(item, row, pairs, tokenizer)
             elif isinstance(item, Example) and item.context:

@@ -1,6 +1,7 @@
 """Where training texts come from: a config for each kind of data."""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 from finetune.corpus import TASKS
@@ -181,6 +182,30 @@ class FactsData:
             raise InputError("size and facts must be at least 1, and test_size 0")
 
 
+@dataclasses.dataclass(frozen=True)
+class OwnTextsData:
+    """Texts that the model wrote itself (`finetune.self_texts`); their prompts are read and not learnt.
+
+    Attributes:
+        texts: the folder of experiments.generate; its splits `train` and `test` are used.
+        generate: the config of experiments.generate that the texts are written by where the folder does not exist, for
+            the model that is trained; None: that is an error.
+    """
+
+    type: Literal["own_texts"] = "own_texts"
+    texts: Path = Path("results/texts/smollm2-135m-instruct")
+    generate: Path | None = Path("configs/generate/smollm2.yaml")
+
+
 DataConfig = (
-    GeneratedData | StoriesData | RecallData | RecordsData | OthelloData | CodeData | FactsData | FileData | HubData
+    GeneratedData
+    | StoriesData
+    | RecallData
+    | RecordsData
+    | OthelloData
+    | CodeData
+    | FactsData
+    | OwnTextsData
+    | FileData
+    | HubData
 )

@@ -15,6 +15,7 @@ Axis letters: B rows, T tokens of a row, K tokens of a unit at most, D width.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -24,11 +25,13 @@ import numpy as np
 from decoding.lexical_unit import check_placeholder
 from decoding.speculative.groups import Groups, group_attend
 from finetune.objectives import Objective, cross_entropy
+from finetune.rows import Rows
 from finetune.state import Batch
 from models.config import MoEConfig
 from models.decoder import Decoder
 from models.encoder_decoder import Network
 from models.errors import InputError
+from models.weights.tokenizer import Tokenizer
 
 LOSS_ROWS = 512  # rows whose logits exist at a time
 
@@ -57,6 +60,30 @@ class LexicalUnitConfig:
             raise InputError(f"confidence must be from 0 up and below 1, got {self.confidence}")
         if self.weight < 0 or self.placeholder < 0:
             raise InputError(f"weight and placeholder must not be negative, got {self.weight} and {self.placeholder}")
+
+
+def check_unused(config: LexicalUnitConfig, texts: Sequence[Rows], tokenizer: Tokenizer) -> None:
+    """Raises InputError where a text has the placeholder, which would then stand for two things.
+
+    Args:
+        config: names the placeholder.
+        texts: all that a run reads.
+        tokenizer: of the model; the message names one of its tokens that no text has, a special one where there is one.
+    """
+    used = set(np.unique(np.concatenate([rows.tokens for rows in texts])).tolist())
+    if config.placeholder not in used:
+        return
+    special = [token for token, added in tokenizer.backend.get_added_tokens_decoder().items() if added.special]
+    free = (
+        t for t in [*sorted(special), *range(tokenizer.vocab_size)] if t not in used and t not in tokenizer.stop_ids
+    )
+    chosen = next(free, None)
+
+    def named(token: int) -> str:
+        return f"{token} ({tokenizer.backend.id_to_token(token)!r})"
+
+    other = "no other is free either" if chosen is None else f"{named(chosen)} is free: set objective.placeholder to it"
+    raise InputError(f"placeholder {named(config.placeholder)} is a token of the training texts; {other}")
 
 
 def places_in_units(sure: jax.Array, longest: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Texts that a model has written itself, to train what drafts for it: a JSON Lines file that can be gone on with.
+"""Texts that a model has written itself, to train it or what drafts for it: a JSON Lines file that can be gone on with.
 
     {"format": 1, "base": {"name": ..., "content": ...}, "wanted": 960, "settings": {...}}
     {"index": 0, "split": "train", "prompt": [ids], "tokens": [ids], "loops": false}
@@ -109,12 +109,12 @@ def append(file: TextIO, texts: Iterable[Text]) -> None:
     file.flush()
 
 
-def read_texts(path: Path, base: Base) -> list[Text]:
+def read_texts(path: Path, base: Base | None) -> list[Text]:
     """Returns the texts of a finished file, by number, without those that were dropped.
 
     Args:
         path: the file.
-        base: the model that must have written them.
+        base: the model that must have written them; None: any may have.
 
     Raises:
         InputError: no such file, one of something else, one that another model wrote, or one that is cut short.
@@ -126,10 +126,10 @@ def read_texts(path: Path, base: Base) -> list[Text]:
         raise InputError(f"cannot read the texts {path}: {error}; {again}") from error
     about = _about(path, lines[0])
     wrote = Base(**about["base"])
-    if wrote.content != base.content:
+    if base is not None and wrote.content != base.content:
         raise InputError(
             f"the texts in {path} were written by {wrote.name!r} (content {wrote.content[:12]}), not by {base.name!r} "
-            f"(content {base.content[:12]}): generate others, a head is trained on its own model's text"
+            f"(content {base.content[:12]}): generate others, training is on the model's own text"
         )
     cut = lines.pop() != ""
     texts = {text.index: text for text in _texts(path, lines[1:])}
@@ -141,9 +141,14 @@ def read_texts(path: Path, base: Base) -> list[Text]:
     return [texts[index] for index in sorted(texts) if texts[index].tokens]
 
 
+def as_row(text: Text) -> Row:
+    """Returns a prompt with its text; what the model wrote is to be predicted."""
+    return Row(text.prompt + text.tokens, [False] * len(text.prompt) + [True] * len(text.tokens))
+
+
 def as_rows(texts: Sequence[Text]) -> Rows:
-    """Returns prompts with their texts as rows; what the model wrote is to be predicted."""
-    return stack([Row(t.prompt + t.tokens, [False] * len(t.prompt) + [True] * len(t.tokens)) for t in texts])
+    """Returns prompts with their texts as rows (`as_row`)."""
+    return stack([as_row(text) for text in texts])
 
 
 def fingerprint(texts: Sequence[Text]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.corpus import Example
-from finetune.rows import Messages
+from finetune.rows import Messages, Row
 from models.errors import InputError, unknown_name
 
 _READERS = {
@@ -21,7 +21,7 @@ _READERS = {
     ".parquet": ("parquet", {}),
     ".txt": ("text", {"sample_by": "paragraph"}),
 }
-Item = str | Example | Messages
+Item = str | Example | Messages | Row  # a row is in tokens already
 Placed = list[tuple[str, Item]]  # with where each came from, for messages
 
 
