@@ -133,14 +133,12 @@ def _read_lines(path: Path) -> Iterator[str]:
         yield prompt
 
 
-def with_contexts(config: DecodeConfig, prompts: Sequence[str]) -> list[tuple[str, str | None]]:
-    """Returns each prompt with its context; raises InputError where they are not as many as prompts, or one."""
-    if not config.contexts:
-        return [(prompt, None) for prompt in prompts]
+def with_contexts(config: DecodeConfig, prompts: Sequence[str]) -> tuple[str, ...]:
+    """Returns the context of each prompt, none without any; raises InputError where they are not as many, or one."""
     given = config.contexts * (len(prompts) if len(config.contexts) == 1 else 1)
-    if len(given) != len(prompts):
+    if given and len(given) != len(prompts):
         raise InputError(f"contexts must be one, or one for each of {len(prompts)} prompts; got {len(given)}")
-    return list(zip(prompts, given, strict=True))
+    return given
 
 
 def check_method(config: DecodeConfig) -> None:
@@ -234,25 +232,23 @@ class Runner:
         text = self.tokenizer.chat(text) if is_chat else text
         return encode_with_slot(self.tokenizer, text, CONTEXT, add_special=not is_chat)
 
-    def decode(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Record]:
-        """Decodes one batch, contexts of the config beside it; with `stream` its text is printed as it is made."""
-        told = with_contexts(self.config, prompts)
-        return self.decode_told(told, seeds)
-
-    def decode_told(self, told: Sequence[tuple[str, str | None]], seeds: Sequence[int]) -> list[Record]:
-        """Decodes one batch of prompts, each with its context or None."""
-        prompts = [prompt for prompt, _ in told]
+    def decode(
+        self, prompts: Sequence[str], seeds: Sequence[int], contexts: Sequence[str] | None = None
+    ) -> list[Record]:
+        """Decodes one batch; with `stream` its text is printed as it is made. Contexts None: those of the config."""
+        if contexts is None:
+            contexts = with_contexts(self.config, prompts)
         settings = {k: v for k, v in dataclasses.asdict(self.config.sampling).items() if v is not None}
         ids = [self.encode(prompt) for prompt in prompts]
-        inputs = self.decode_fn.inputs(ids, seeds, grammars=self.grammar, contexts=self._contexts(told), **settings)
+        inputs = self.decode_fn.inputs(ids, seeds, grammars=self.grammar, contexts=self._contexts(contexts), **settings)
         state, taken = self.timed(inputs, self._stream if self.config.stream else None)
         seconds = {"load": self.load_seconds, **taken._asdict()}
         found = self.decode_fn.output(state).found
         records = [self._record(row, prompt, ids[row], state, seconds) for row, prompt in enumerate(prompts)]
         return [dataclasses.replace(r, found=self._found(found, row)) for row, r in enumerate(records)]
 
-    def _contexts(self, told: Sequence[tuple[str, str | None]]) -> list[list[int]] | None:
-        return None if self.reader is None else [self.reader.encode(context or "") for _, context in told]
+    def _contexts(self, contexts: Sequence[str]) -> list[list[int]] | None:
+        return None if self.reader is None else [self.reader.encode(context) for context in contexts]
 
     def _found(self, found: Any, row: int) -> list[dict[str, Any]]:
         """Returns text and score of each text that a search has found for a row; none where it was no search."""
@@ -308,7 +304,7 @@ def main() -> None:
     """Loads the config and the model, decodes every prompt, prints and saves."""
     config = load_config(DecodeConfig, prog="python -m experiments.decode", description=(__doc__ or "").split("\n")[0])
     prompts = read_prompts(config)
-    told = with_contexts(config, prompts)
+    contexts = with_contexts(config, prompts)
     setup_runtime()
     runner = Runner(config)
     records = []
@@ -317,9 +313,8 @@ def main() -> None:
             batch = prompts[start : start + config.batch_size]
             if config.stream:
                 print(f"\n>>> {batch[0]}")
-            for record in runner.decode_told(
-                told[start : start + config.batch_size], [config.seed + start + i for i in range(len(batch))]
-            ):
+            beside = contexts[start : start + config.batch_size]
+            for record in runner.decode(batch, [config.seed + start + i for i in range(len(batch))], beside):
                 records.append(record)
                 write(record)
                 if config.output == "json":

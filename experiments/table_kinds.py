@@ -7,6 +7,8 @@ from experiments import (
     aligned_table,
     codet5plus_pages,
     codet5plus_table,
+    dolphin_pages,
+    dolphin_table,
     knob_config,
     knob_pages,
     knob_table,
@@ -42,11 +44,12 @@ class Kind(NamedTuple):
 KINDS: dict[str | None, Kind] = {
     None: Kind(method_table.TableConfig, method_table.measure, method_table.write_table, method_table.check),
     "codet5plus": Kind(codet5plus_table.CodeT5PlusTableConfig, codet5plus_table.measure, codet5plus_pages.write_table),
+    "dolphin": Kind(dolphin_table.DolphinTableConfig, dolphin_table.measure, dolphin_pages.write_table),
+    "grammar_aligned": Kind(aligned_table.AlignedTableConfig, aligned_table.measure, aligned_table.write_table),
     "knob": Kind(knob_config.KnobTableConfig, knob_table.measure, knob_pages.write_table),
     "moe_x": Kind(moe_x_table.MoeXTableConfig, moe_x_table.measure, moe_x_pages.write_table),
     "return_of_the_encoder": Kind(roe_table.RoeTableConfig, roe_table.measure, roe_pages.write_table),
+    "search": Kind(search_table.SearchTableConfig, search_table.measure, search_table.write_table),
     "training": Kind(train_table.TrainTableConfig, train_table.measure, train_pages.write_table),
     "yi": Kind(yi_table.YiTableConfig, yi_table.measure, yi_pages.write_table),
-    "search": Kind(search_table.SearchTableConfig, search_table.measure, search_table.write_table),
-    "grammar_aligned": Kind(aligned_table.AlignedTableConfig, aligned_table.measure, aligned_table.write_table),
 }

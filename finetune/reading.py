@@ -44,8 +44,8 @@ def read_batch(
     """
     if isinstance(model, EncoderDecoder | Dolphin) != (batch.source is not None):
         raise InputError(
-            f"the model reads a source beside each row ({model.config.family}) and the batch has none: make its rows "
-            "with finetune.rows.pair or with_context"
+            f"the model {'has a compressor' if isinstance(model, Dolphin) else 'is an encoder-decoder'} "
+            f"({model.config.family}) and the batch has no source: make its rows with finetune.rows.pair (with_context)"
             if batch.source is None
             else f"the batch has sources, and this {model.config.family} model has no encoder to read them: train an "
             "encoder-decoder, or put each source in front of its row"
