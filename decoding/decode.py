@@ -375,7 +375,7 @@ def make_decode_fn(
         raise InputError(f"stop_tokens must be a list of token ids, got {stop_tokens!r}")
     stops = tuple(sorted({whole_number("an id in stop_tokens", token) for token in stop_tokens}))
     if not METHODS[method].encoders:
-        decoder_only(model, f"method {method!r}")
+        decoder_only(writer(model), f"method {method!r}")
     settings = {name: options.pop(name) for name in METHODS[method].settings if name in options}
     read_settings(METHODS[method].settings, settings, 1)
     plan = Plan(model, method, _read_options(method, options), max_new_tokens, stops, cache_slots)

@@ -91,11 +91,12 @@ class Loader:
             InputError: a model without a tokenizer, a head of another model, or options that do not fit.
         """
         from decoding import METHODS, WithDraft, make_decode_fn
+        from decoding.contexts import writer
         from models.encoder_decoder import decoder_only
 
         model, params, tokenizer = self.model(name)
         if method in METHODS and not METHODS[method].encoders:  # before anything is measured
-            decoder_only(model, f"method {method!r}")
+            decoder_only(writer(model), f"method {method!r}")
         if tokenizer is None:
             raise InputError(f"{name} has no tokenizer.json: put the model's tokenizer.json into the folder")
         options = dict(options)

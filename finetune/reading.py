@@ -73,7 +73,7 @@ def _router_losses(model: Network, routing: Mapping[str, Any], batch: Batch) -> 
     """Returns the losses of all routers; of an encoder-decoder, those of both stacks added up."""
     real = batch.segments > 0
     if isinstance(model, Dolphin):
-        return {}
+        return router_losses(model.config.main, routing.get("main", {}), real)
     if batch.source is None:
         return router_losses(model.config, routing, real)
     found = router_losses(model.config.decoder, routing.get("decoder", {}), real)

@@ -197,6 +197,8 @@ def with_start(model: EncoderDecoder, token: int) -> EncoderDecoder:
 
 def decoder_only(model: Network, what: str) -> Decoder:
     """Returns the model; raises InputError, saying `what` needs it, where it is no plain decoder."""
+    if isinstance(model, Dolphin):
+        raise InputError(f"{what} needs a plain decoder, and this is a pair of decoders: take one of the two")
     if isinstance(model, EncoderDecoder):
         raise InputError(
             f"{what} needs a decoder-only model, and this {model.config.family} model is an encoder-decoder: choose "

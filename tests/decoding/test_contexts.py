@@ -75,6 +75,8 @@ def test_a_drafts_model_reads_prompts_of_its_own(pair, expected):
     model, params = pair
     decode_fn = make_decode_fn(model, "speculative_sampling", max_new_tokens=ROOM, draft=model.writer)
     both = WithDraft(params, params["main"])
+    with pytest.raises(InputError, match="drafting needs a plain decoder, and this is a pair"):
+        make_decode_fn(model.writer, "speculative_sampling", max_new_tokens=ROOM, draft=model)
     with pytest.raises(InputError, match="give it whole texts, draft_prompts"):
         decode_fn(both, PROMPTS, contexts=CONTEXTS)
     assert texts(decode_fn(both, PROMPTS, contexts=CONTEXTS, draft_prompts=[[1, 2], [3], [4]])) == expected
