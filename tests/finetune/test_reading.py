@@ -94,7 +94,7 @@ def test_what_stands_behind_a_source_changes_nothing_and_the_encoder_learns(made
 def test_sources_and_models_that_do_not_belong_together():
     with pytest.raises(InputError, match="the batch has sources, and this llama model has no encoder"):
         read_batch(toy_model(), toy_params(), batch_of())
-    with pytest.raises(InputError, match="reads a source beside each row .t5. and the batch has none"):
+    with pytest.raises(InputError, match="is an encoder-decoder .t5. and the batch has no source"):
         read_batch(MODELS["t5"], {}, jax.tree.map(lambda x: x[0], toy_batch()))
 
 
