@@ -6,6 +6,7 @@ import re
 import pytest
 import safetensors
 
+from decoding.speculative.head_kinds import HEADS
 from experiments import decode, reproduce, train_acceptance_head
 from experiments.questions import Question
 from experiments.train_acceptance_head import split
@@ -70,7 +71,7 @@ def test_training_then_decoding(run, folder):
         (
             ["--head", str(head), "--method", "rsd_c"],
             "draft",
-            "has no use for a head: leave out --head, or use eagle, hidden_transfer, medusa, ppd, specdec_pp",
+            f"has no use for a head: leave out --head, or use {', '.join(HEADS)}, specdec_pp",
         ),
         (["--head", str(head)], "model", "is a head for draft 'draft', not for 'model'"),
     ):
