@@ -20,16 +20,16 @@ def head_section(rows: Sequence["TableRow"]) -> list[str]:
     from decoding.speculative.head_trees import RANKS
     from finetune.saved_heads import load_draft_head
 
-    lines = ["", "## Draft heads", ""]
-    lines += [f"| head | parameters | training minutes | top-1 by offset | top-{RANKS} by offset | simulated MAT, 16 |"]
-    lines += [f"|{' --- |' * 6}"]
+    titles = ["head", "parameters", "updates", "training minutes", "top-1 by offset", f"top-{RANKS} by offset"]
+    titles.append("simulated MAT, 16")
+    lines = ["", "## Draft heads", "", f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
     for path in paths:
         head = load_draft_head(path, None)
         figures, offsets = head.figures, range(1, head.config.offsets + 1)
         shares = [" ".join(f"{figures[f'{name}_{k}']:.2f}" for k in offsets) for name in ("top1", f"top{RANKS}")]
-        lines.append(
-            f"| {path.parent.name} ({head.config.type}) | {figures['parameters']:,} | {figures['minutes']:.1f} | "
-            f"{shares[0]} | {shares[1]} | {figures['mat_16']:.2f} |"
-        )
-    lines += ["", "At later offsets clover and eagle know the tokens before, the right ones here; other heads do not."]
+        trained = f"{figures['parameters']:,} | {figures['step']} | {figures['minutes']:.1f}"
+        name = f"{path.parent.name} ({head.config.type})"
+        lines.append(f"| {name} | {trained} | {shares[0]} | {shares[1]} | {figures['mat_16']:.2f} |")
+    told = "At later offsets chimera, clover and eagle know the tokens before, the right ones here; other heads do not."
+    lines += ["", told]
     return lines
