@@ -20,7 +20,7 @@ import numpy as np
 from experiments.config import load_config, save_page
 from experiments.loading import Loader
 from experiments.questions import read_questions
-from experiments.runtime import machine, run_main, setup_runtime
+from experiments.runtime import forget_programs, machine, run_main, setup_runtime
 from models.errors import InputError, unknown_name
 
 TIE = 1e-3  # between the two highest logits
@@ -223,6 +223,7 @@ def check(config: ExactCheckConfig, loader: Loader, prompts: Sequence[list[int]]
     expected = expectations(alone(greedy, params), greedy.plan.stop_tokens, room)
     found = {}
     for checked in (PLAIN, *config.methods):
+        forget_programs()
         call = made(config, loader, checked, longest, expected.stops)
         found[_name(checked)] = both = (
             compare(model, params, prompts, alone(*call), expected.alone),

@@ -16,6 +16,7 @@ from experiments.generated import generate
 from experiments.kept import cell_key
 from experiments.questions import Question, read_questions
 from experiments.rows import Rows
+from experiments.runtime import forget_programs
 from experiments.tables import write_table as write_page
 from experiments.train_acceptance_head import ensure_head, head_stamp
 from experiments.trained_model import ensure_model, model_stamp
@@ -174,6 +175,7 @@ def _cells(config: TableConfig, questions: dict[str, list[Question]]) -> dict[tu
             cell = None  # what is measured now is compared with plain decoding of now
         kept = cell is not None
         if cell is None:
+            forget_programs()
             ready = rows.ready(row, task)
             cell = ready.measure(keys[row.name, task], questions[task], config.seed)
             cell = cell.beside(cells.get(("plain", task), cell))

@@ -51,6 +51,27 @@ def setup_runtime() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def forget_programs(share: float = 0.3) -> bool:
+    """Forgets what was compiled, where that took more than `share` of the memory maps that Linux lets a process have.
+
+    A compiled program takes maps of its own, thousands for a model of thirty layers, and at the last map the process
+    dies. Call it between measurements that compile anew: what is still needed is read from the cache on disk.
+
+    Returns:
+        Whether it did; never on other systems.
+    """
+    maps, most = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+    if not (maps.exists() and most.exists()):
+        return False
+    with maps.open() as lines:
+        if sum(1 for _ in lines) <= share * int(most.read_text()):
+            return False
+    import jax
+
+    jax.clear_caches()
+    return True
+
+
 @functools.cache
 def machine() -> str:
     """Returns the machine and the versions, in a line."""

@@ -8,6 +8,8 @@ from importlib.metadata import version
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true "
+    "--xla_disable_hlo_passes=constant_folding "  # of the many rows that a law is tested with
     "--xla_cpu_parallel_codegen_split_count=1"  # a worker of pytest for each core already
     # Later versions end the process at a flag that they no longer know.
     + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments.runtime import run_main, setup_runtime
+from experiments.runtime import forget_programs, run_main, setup_runtime
 from models.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +109,14 @@ def test_exit_codes(error, code, words, capsys):
         run_main(main)
     assert caught.value.code == code
     assert capsys.readouterr().err == words
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts memory maps")
+def test_programs_are_forgotten_when_they_take_many_memory_maps():
+    double = jax.jit(lambda x: 2 * x)
+    double(1.0)
+    assert not forget_programs(share=1.0) and double._cache_size() == 1
+    assert forget_programs(share=0.0) and double._cache_size() == 0
 
 
 NAMES = (
