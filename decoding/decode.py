@@ -1,9 +1,6 @@
-"""`make_decode_fn`: one jitted function around one `lax.while_loop`, for every method of the registry.
+"""`make_decode_fn`: a method of the registry as one jitted function of a model's parameters and a batch of prompts.
 
-What is static (model, method, room for new tokens, stop tokens) is a hashable `Plan`; what users vary between calls
-(prompts inside a bucket, seeds, sampling settings, tokens wanted per row) is an array and compiles nothing.
-
-Axis letters: B batch, N room for new tokens, S cache slots.
+Axis letters: B batch, N room for new tokens.
 """
 
 import dataclasses
@@ -13,108 +10,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from decoding.arguments import read_keys, read_limit, read_sampling, read_settings, read_warm, whole_number
-from decoding.contexts import read_contexts, with_memory, writer, writer_params
-from decoding.grammar.rows import read_grammars
-from decoding.method import Call, Steps, WithDraft, target_params, with_kernels
-from decoding.prefill import Prompts, encode_prompts, observed_prefill, pad_prompts
+from decoding.arguments import read_settings, whole_number
+from decoding.calls import read_call
+from decoding.contexts import writer
+from decoding.method import Call, WithDraft
+from decoding.plan import Plan, advance, decode, output, start
+from decoding.prefill import Prompts
 from decoding.registry import METHODS
-from decoding.state import DecodeOutput, DecodeState, init_state
+from decoding.state import DecodeOutput, DecodeState
 from models.cache import KVCache
 from models.dolphin import Dolphin
-from models.encoder_decoder import EncoderDecoder, Network, decoder_only
+from models.encoder_decoder import Network, decoder_only
 from models.errors import InputError, unknown_name
 from models.sharding import mesh_of, place_rows, replicate
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """All that is static in a decode function: equal plans share their compiled code."""
-
-    model: Network | Dolphin
-    method: str
-    options: Any
-    room: int
-    stop_tokens: tuple[int, ...]
-    cache_slots: int | None
-
-    @property
-    def writer(self) -> Network:
-        """The network that writes: the model but for what reads contexts."""
-        return writer(self.model)
-
-    def steps(self) -> Steps:
-        """Returns the method's functions for this model."""
-        return METHODS[self.method].make(self.writer, self.options, self.stop_tokens)
-
-    def num_slots(self, bucket: int) -> int:
-        """Returns S for prompts of a bucket: room for the padded prompt, and for every new token or as asked for.
-
-        Where an encoder reads the prompts, the cache holds a start token in their place.
-        """
-        bucket = 1 if isinstance(self.model, EncoderDecoder) else bucket
-        return bucket + self.room + self.steps().rows - 1 if self.cache_slots is None else max(self.cache_slots, bucket)
-
-
-def start(plan: Plan, params: Any, prompts: Prompts, call: Call, cache: KVCache | None = None) -> DecodeState:
-    """Returns the state before the first step. Pure.
-
-    Args:
-        plan: what is static.
-        params: the model's parameters.
-        prompts: the batch.
-        call: what the user has set.
-        cache: one of the plan's size that holds the prompts but for their last tokens (`decoding.prefill`). None: they
-            are read here, as the method reads them; and so they are where it looks on (`Steps.looks_on`), and where the
-            model has an encoder for them.
-    """
-    prompts = with_memory(plan.model, params, prompts)
-    params = writer_params(plan.model, params)
-    steps, target = plan.steps(), target_params(params)
-    seen, observer = None, steps.looks_on
-    if isinstance(plan.model, EncoderDecoder):
-        cache, prompts = encode_prompts(plan.model, target, prompts, plan.num_slots(1))
-    elif cache is None or observer is not None:
-        slots = plan.num_slots(prompts.tokens.shape[1])
-        cache, seen = observed_prefill(plan.writer, target, prompts, slots, steps.policy.read, observer)
-        prompts = prompts.replace(seen=seen)
-    last = jnp.take_along_axis(prompts.tokens, prompts.lengths[:, None] - 1, axis=1)[:, 0]
-    carry = steps.init(params, prompts, cache, call)
-    state = init_state(steps.policy.keep(cache), last, call.limit, plan.room, steps.most, carry)
-    return state if steps.tailor is None else state.replace(kernels=steps.tailor.kernels(target, seen, call))
-
-
-def advance(plan: Plan, params: Any, state: DecodeState, max_steps: jax.Array) -> DecodeState:
-    """Takes steps until every row is done, `max_steps` (i32[]) at most. Pure; the one decoding loop."""
-    step, kernels = plan.steps().step, state.kernels
-    params = with_kernels(writer_params(plan.model, params), kernels)
-
-    def unfinished(carry):
-        taken, state = carry
-        return (taken < max_steps) & ~state.done.all()
-
-    def body(carry):
-        taken, state = carry
-        return taken + 1, step(params, state)
-
-    first = jnp.zeros((), jnp.int32), state.replace(kernels=None)  # which no step changes
-    return jax.lax.while_loop(unfinished, body, first)[1].replace(kernels=kernels)
-
-
-def decode(plan: Plan, params: Any, prompts: Prompts, call: Call) -> DecodeOutput:
-    """Decodes a batch from prompts to new tokens. Pure, to be jitted or traced into something larger."""
-    state = start(plan, params, prompts, call)
-    state = advance(plan, params, state, jnp.asarray(plan.room, jnp.int32))
-    return output(plan, state)
-
-
-def output(plan: Plan, state: DecodeState) -> DecodeOutput:
-    """Returns what a state says so far."""
-    steps = plan.steps()
-    return DecodeOutput(state.tokens, state.lengths, state.stats, steps.warm(state.carry), steps.found(state))
 
 
 def _spread(prompts: Prompts, call: Call, mesh: Mesh | None) -> tuple[Prompts, Call]:
@@ -241,49 +151,10 @@ class DecodeFn:
         return start_compiled, run
 
     def inputs(
-        self,
-        prompts: Sequence[Sequence[int]],
-        rng: int | Sequence[int] | jax.Array = 0,
-        *,
-        max_new_tokens: int | Sequence[int] | None = None,
-        warm: Any = None,
-        draft_prompts: Sequence[Sequence[int]] | None = None,
-        contexts: Any = None,
-        grammars: Any = None,
-        **sampling: float | Sequence[float],
+        self, prompts: Sequence[Sequence[int]], rng: int | Sequence[int] | jax.Array = 0, **call: Any
     ) -> tuple[Prompts, Call]:
-        """Checks a call's arguments (see `__call__`) and returns them as the arrays that `decode` and `start` take."""
-        drafts_alone = METHODS[self.plan.method].drafts and draft_prompts is None
-        padded = read_contexts(self.plan.model, prompts, contexts, drafts_alone)
-        batch, held = len(padded.lengths), self._held(padded.lengths)
-        capacity = self._capacity(int(held.max()), padded.tokens.shape[1], draft_prompts is None)
-        limit = read_limit(self.plan.room if max_new_tokens is None else max_new_tokens, batch, self.plan.room)
-        # The newest token never enters the cache, so one more token fits than there are slots left.
-        free = capacity - held + 1
-        method = self.plan.method
-        own = {name: sampling.pop(name) for name in METHODS[method].settings if name in sampling}
-        own = read_settings(METHODS[method].settings, {**self.settings, **own}, batch)
-        settings = read_sampling(sampling, batch, method, METHODS[method].temperature)
-        read = self._draft_prompts(draft_prompts, batch)
-        rows = np.minimum(limit, free), read_keys(rng, batch), settings
-        grammar = self._grammars(grammars, batch)
-        warm = read_warm(method, warm, self.plan.steps().cold())
-        return padded, Call(*rows, warm=warm, draft_prompts=read, own=own, grammar=grammar)
-
-    def _held(self, lengths: np.ndarray) -> np.ndarray:
-        """Returns how many tokens of each prompt the decoder holds: of those that an encoder reads, a start token.
-
-        Raises InputError where one is longer than the encoder's longest text.
-        """
-        if not isinstance(self.plan.model, EncoderDecoder):
-            return lengths
-        most = self.plan.model.config.encoder.max_length
-        if lengths.max() > most:
-            raise InputError(
-                f"the longest prompt has {lengths.max()} tokens, the encoder reads {most} at most: shorten it, or use "
-                "a model that reads more"
-            )
-        return np.ones_like(lengths)
+        """Checks a call's arguments (see `__call__`) and returns them as the arrays that `start` takes."""
+        return read_call(self.plan, self.settings, prompts, rng, **call)
 
     def _check_params(self, params: Any) -> None:
         method = METHODS[self.plan.method]
@@ -291,53 +162,6 @@ class DecodeFn:
             wanted = "WithDraft(target, draft)" if method.drafts else "the model's own parameters, not WithDraft"
             wanted = "WithDraft(target, head), with a trained head (--head FILE)" if method.own_head else wanted
             raise InputError(f"method {self.plan.method!r} takes {wanted} as params")
-
-    def _draft_prompts(self, prompts: Sequence[Sequence[int]] | None, batch: int) -> Prompts | None:
-        """Returns what the draft model is to read; raises InputError where there is none, or where it does not fit."""
-        if prompts is None:
-            return None
-        if not METHODS[self.plan.method].drafts:
-            raise InputError(f"method {self.plan.method!r} has no draft model: leave out draft_prompts")
-        draft = self.plan.options.draft.config
-        padded = pad_prompts(prompts, draft.vocab_size)
-        if len(padded.lengths) != batch:
-            raise InputError(f"draft_prompts must be {batch}, one for each prompt; got {len(padded.lengths)}")
-        longest = int(padded.lengths.max()) + self.plan.room + self.plan.steps().rows
-        if longest > draft.max_length:
-            raise InputError(
-                f"draft_prompts and the new tokens come to {longest} tokens, the draft model's context is "
-                f"{draft.max_length}: shorten them"
-            )
-        return padded
-
-    def _grammars(self, grammars: Any, batch: int) -> Any:
-        """Returns where the rows stand in their grammars; raises InputError where the method takes none."""
-        if grammars is not None and not METHODS[self.plan.method].grammars:
-            taking = ", ".join(name for name, method in METHODS.items() if method.grammars)
-            raise InputError(f"method {self.plan.method!r} takes no grammars: use {taking}")
-        return read_grammars(grammars, batch, self.plan.writer.config.vocab_size, self.plan.stop_tokens)
-
-    def _capacity(self, longest: int, bucket: int, own: bool) -> int:
-        """Returns how many tokens a row may hold; raises InputError when the longest prompt is longer.
-
-        `own` says that a draft model reads the prompts themselves.
-        """
-        slots, context, whose = self.plan.cache_slots, self.plan.writer.config.max_length, "model"
-        if METHODS[self.plan.method].drafts and own and self.plan.options.draft.config.max_length < context:
-            context, whose = self.plan.options.draft.config.max_length, "draft model"
-        spare = self.plan.steps().rows - 1  # a step writes its other rows behind the last token that may enter
-        if slots is not None and longest > slots - spare:
-            needed = f", of which a step of method {self.plan.method!r} needs {spare} to spare" if spare else ""
-            raise InputError(
-                f"the longest prompt has {longest} tokens, the cache {slots} slots{needed}: raise cache_slots to "
-                f"{longest + spare} or more"
-            )
-        if longest > context:
-            raise InputError(
-                f"the longest prompt has {longest} tokens, the {whose}'s context only {context}: shorten it, or use a "
-                "model with a longer context"
-            )
-        return min(context, (self.plan.num_slots(bucket) if slots is None else slots) - spare)
 
 
 def make_decode_fn(

@@ -137,8 +137,8 @@ def with_samples(student: EncoderDecoder, params: Any, batch: Batch, stop_tokens
 
     What is drawn depends on the batch and the parameters alone, so that a run that goes on draws the same.
     """
-    from decoding.decode import Plan, decode
     from decoding.method import Call
+    from decoding.plan import Plan, decode
     from decoding.prefill import Prompts
     from decoding.registry import METHODS
     from decoding.sampling import Sampling, row_keys

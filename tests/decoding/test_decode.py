@@ -12,7 +12,7 @@ import pytest
 
 import decoding.decode
 from decoding import METHODS, DecodeOutput, WithDraft, make_decode_fn
-from decoding.decode import advance, decode, start
+from decoding.plan import advance, decode, start
 from models.config import AttentionConfig, BlockConfig, DecoderConfig, MLPConfig
 from models.decoder import Decoder
 from tests.support.decode_reference import PROMPTS, ROOM, forward, row_seeds, small_law_model, texts

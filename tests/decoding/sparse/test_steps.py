@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from decoding import make_decode_fn
-from decoding.decode import decode
+from decoding.plan import decode
 from models.errors import InputError
 from tests.support.decode_reference import PROMPTS, ROOM, row_seeds, texts
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from decoding import WithDraft, make_decode_fn
-from decoding.decode import decode
+from decoding.plan import decode
 from decoding.speculative import dyspec, rsd, specdec_pp, speculative_sampling
 from decoding.speculative.draft_model import draw_children, draw_next
 from decoding.speculative.dyspec import pruned

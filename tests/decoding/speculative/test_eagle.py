@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from decoding import WithDraft, prefill
-from decoding.decode import Plan, start
 from decoding.method import Call
+from decoding.plan import Plan, start
 from decoding.prefill import hidden_observer, observed_prefill, pad_prompts
 from decoding.sampling import Sampling
 from decoding.speculative import level_head

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from decoding import WithDraft, make_decode_fn
-from decoding.decode import decode
+from decoding.plan import decode
 from decoding.speculative import rapid, speculative_sampling
 from decoding.speculative.draft_model import draw_next
 from decoding.speculative.rapid import RapidOptions, rule, tilted
