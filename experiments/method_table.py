@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from experiments.cells import Cell, Retrieval, load_cell, save_cell
 from experiments.corpus import spare_questions, stamp
-from experiments.decode import SamplingSettings
+from experiments.decode_config import SamplingSettings
 from experiments.generated import generate
 from experiments.kept import cell_key
 from experiments.questions import Question, read_questions

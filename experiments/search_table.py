@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments.decode import SamplingSettings
+from experiments.decode_config import SamplingSettings
 from experiments.isotropy import layer_isotropy
 from experiments.kept import cell_key, keep, read_kept
 from experiments.loading import Loader
@@ -228,8 +228,10 @@ def write_table(config: SearchTableConfig, measured: dict[str, Figures]) -> str:
     layers = measured.get("isotropy", {})
     rows = {name: figures for name, figures in measured.items() if name != "isotropy"}
     lines = [
-        *(f"# {config.title or config.table}", "", f"Preset {config.preset}, model {config.model}, coherence by "),
-        f"{config.judge or 'the model itself'}. {machine()}",
+        f"# {config.title or config.table}",
+        "",
+        f"Preset {config.preset}: {config.size.prompts} prompts, {config.size.max_new_tokens} new tokens at most, "
+        f"model {config.model}, coherence by {config.judge or 'the model itself'}. {machine()}",
         *("", *grid(_COLUMNS, rows, {row.name: row.paper for row in config.rows}), ""),
     ]
     if layers:
@@ -241,9 +243,9 @@ def write_table(config: SearchTableConfig, measured: dict[str, Figures]) -> str:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, figures in rows.items():
-        axes.scatter(figures["distinct_2"], figures.get("oracle_4", figures.get("coherence", 0.0)), label=name)
+        axes.scatter(figures["distinct_2"], figures.get("oracle_8", figures.get("coherence", 0.0)), label=name)
     axes.set_xlabel("distinct-2")
-    axes.set_ylabel("right answer among 4" if config.source == "facts" else "coherence")
+    axes.set_ylabel("right answer among 8" if config.source == "facts" else "coherence")
     axes.legend()
     figure.savefig(config.folder / "plot.png", dpi=120)
     return text

@@ -18,7 +18,7 @@ from experiments.bench_train import TrainBenchConfig
 from experiments.check_exact import ExactCheckConfig
 from experiments.clean_corpus import CleanConfig
 from experiments.config import chosen_type, dump_config, load_config
-from experiments.decode import DecodeConfig
+from experiments.decode_config import DecodeConfig
 from experiments.generate import GenerateConfig
 from experiments.loading import MEASURED
 from experiments.method_table import TableConfig

@@ -10,7 +10,8 @@ import pytest
 import tokenizers
 from flax.traverse_util import flatten_dict
 
-from experiments.decode import DecodeConfig, Runner
+from experiments.decode import Runner
+from experiments.decode_config import DecodeConfig
 from experiments.train import describe
 from experiments.train_config import TrainConfig
 from experiments.train_dolphin import FILE, DolphinTraining
