@@ -94,8 +94,8 @@ class CloverOptions(LevelOptions):
     head: Any = CloverConfig()
     nodes: int = 4
     tree: Literal["static", "dynamic"] = "dynamic"
-    mass: float = 0.8
-    share: float = 0.25
+    mass: float = dataclasses.field(default=0.8, metadata={"tree": "dynamic"})
+    share: float = dataclasses.field(default=0.25, metadata={"tree": "dynamic"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -44,7 +44,7 @@ class LevelOptions(HeadOptions):
     """
 
     tree: Literal["static", "dynamic"] = "static"
-    beam: int = 8
+    beam: int = dataclasses.field(default=8, metadata={"tree": "dynamic"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +54,10 @@ class LevelOptions(HeadOptions):
             raise InputError(f"beam must be at least 1, got {self.beam}")
         if self.tree == "dynamic" and self.latency is not None:
             raise InputError("latency sizes static trees: leave it out, or set tree to static")
+        for field in dataclasses.fields(self):
+            idle = self.tree == "static" and field.metadata.get("tree") == "dynamic"
+            if idle and getattr(self, field.name) != field.default:
+                raise InputError(f"{field.name} shapes dynamic trees alone: leave it out, or set tree to dynamic")
 
 
 class LevelHead(NamedTuple):

@@ -7,6 +7,7 @@ import pytest
 
 from decoding import WithDraft, make_decode_fn
 from decoding.prefill import hidden_observer, observed_prefill, pad_prompts
+from decoding.speculative.clover import CloverOptions
 from decoding.speculative.dynamic_tree import Growth, Level, dynamic_tree
 from decoding.speculative.eagle import EAGLE_HEAD, EagleConfig, EagleOptions, eagle_head
 from decoding.speculative.level_head import guesser, read_prompts
@@ -91,3 +92,7 @@ def test_settings_out_of_range():
         EagleOptions(beam=0)
     with pytest.raises(InputError, match="latency sizes static trees"):
         EagleOptions(tree="dynamic", latency=LatencyCurve((1, 4), (1.0, 1.0)))
+    with pytest.raises(InputError, match="beam shapes dynamic trees alone: leave it out, or set tree to dynamic"):
+        EagleOptions(beam=3)
+    with pytest.raises(InputError, match="share shapes dynamic trees alone"):
+        CloverOptions(tree="static", share=0.5)
