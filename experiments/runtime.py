@@ -23,7 +23,8 @@ def run_main(main: Callable[[], None]) -> None:
     Any exception but these two is a bug of ours and keeps its traceback.
 
     Raises:
-        SystemExit: code 2 after an InputError (its message is on stderr as "error: ..."), code 130 after Ctrl-C.
+        SystemExit: code 2 after an InputError (its message is on stderr as "error: ..."), code 130 after Ctrl-C, code
+            141 where nobody reads what is printed any more (`| head`).
     """
     try:
         main()
@@ -33,6 +34,9 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes when it ends goes nowhere
+        sys.exit(141)
 
 
 def setup_runtime() -> None:

@@ -97,6 +97,21 @@ def test_bugs_keep_their_traceback(run):
     assert done.returncode == 1 and "Traceback" in done.stderr and "a bug" in done.stderr
 
 
+def test_a_reader_who_leaves_early_gets_no_traceback(tmp_path):
+    lines = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})",
+        "from experiments.runtime import run_main",
+        "def main():",
+        "    for _ in range(9999):",
+        "        print('x' * 99)",
+        "run_main(main)",
+    )
+    (tmp_path / "sample.py").write_text("\n".join(lines))
+    command = f"{sys.executable} {tmp_path / 'sample.py'} | head -1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "x" * 99 + "\n", "")
+
+
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [(InputError("no such x"), 2, "error: no such x\n"), (KeyboardInterrupt(), 130, "interrupted\n")],
