@@ -100,7 +100,7 @@ def true_law(trie: Trie) -> dict[Text, float]:
         trie.matcher.reset()
         for token in text:
             trie.matcher.consume(token)
-        tokens, law = trie._row(Node(), text)
+        tokens, law = trie.row(Node(), text)
         for token, chance in zip(tokens.tolist(), law.tolist(), strict=True):
             if token in trie.stops:
                 found[(*text, token)] = mass * chance

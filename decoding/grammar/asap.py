@@ -91,7 +91,7 @@ class Trie:
         while len(text) < self.room and not accepted:
             node = path[-1]
             calls += node.tokens is None
-            rows.append(self._row(node, text))
+            rows.append(self.row(node, text))
             weights = self.weights(node, *rows[-1])
             if not weights.sum() > 0:
                 break
@@ -115,7 +115,7 @@ class Trie:
             weights[np.searchsorted(tokens, visited)] *= bounds
         return weights
 
-    def _row(self, node: Node, text: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def row(self, node: Node, text: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """Returns (i32[M] tokens, f64[M] law) behind a node's text; the matcher stands there."""
         if node.tokens is not None:
             return node.tokens, node.law

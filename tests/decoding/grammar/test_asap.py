@@ -59,8 +59,8 @@ class NeverLearns(Trie):
 class LearnsOfAllowedTokens(Trie):
     """A planted bug: probabilities among the allowed tokens in place of the model's own."""
 
-    def _row(self, node, text):
-        tokens, found = super()._row(node, text)
+    def row(self, node, text):
+        tokens, found = super().row(node, text)
         return tokens, found / found.sum()
 
 
