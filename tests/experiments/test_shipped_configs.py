@@ -43,14 +43,7 @@ KINDS = {
     "train": TrainConfig,
     "train/specdec_pp": HeadConfig,
     "train/chimera": DraftHeadConfig,
-    "train/chimera_without_context": DraftHeadConfig,
-    "train/chimera_without_residual": DraftHeadConfig,
-    "train/chimera_without_trigram": DraftHeadConfig,
     "train/clover": DraftHeadConfig,
-    "train/clover_2": DraftHeadConfig,
-    "train/clover_without_block": DraftHeadConfig,
-    "train/clover_without_connection": DraftHeadConfig,
-    "train/clover_without_decoder": DraftHeadConfig,
     "train/eagle": DraftHeadConfig,
     "train/hidden_transfer": DraftHeadConfig,
     "train/medusa": DraftHeadConfig,
@@ -62,9 +55,9 @@ CURVE = LatencyCurve((1, 4), (1.0, 1.5))
 
 
 def kind(file: Path) -> str:
-    """Returns the config's kind: its folder, or where a folder holds several kinds its own name too."""
+    """Returns the config's kind: its folder, or where a folder holds several kinds how its own name begins too."""
     name = str(file.relative_to(CONFIGS).with_suffix(""))
-    return name if name in KINDS else name.split("/")[0]
+    return max((key for key in KINDS if f"{name}_".startswith(f"{key}_")), key=len, default=name.split("/")[0])
 
 
 def table_type(file: Path) -> str | None:
