@@ -255,8 +255,10 @@ class _Bench:
         open_rows = [(prompt(item, None), item.said) for item in train[: self.size.test]]
         known = np.array([self.token(item.known) for item in train[: self.size.test]])
         last, said = self.reads("tuned", open_rows)
-        along = np.asarray(coordinate(last.hidden[layer], u))
-        grid = along.mean() + along.std() * np.array([-16, -8, -4, -2, -1, 1, 2, 4, 8, 16], np.float32)
+        told = self.pairs(train, self.size.test)[0].hidden[layer]  # half of them to use the context, half to ignore it
+        along = np.asarray(coordinate(told, u))
+        away = np.array([0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0], np.float32)
+        grid = along.mean() + along.std() * np.concatenate([-away, away])
 
         def shares(c: float) -> tuple[float, float]:
             h = steered(last.hidden[layer], u, jnp.full(len(said), c, jnp.float32))
