@@ -25,6 +25,7 @@ the saved runs. Both sides of every comparison are of the same run and count tok
 hold here, the line under the table says so: the models are small, the machine is not the paper's, and the columns
 "paper" stand for other models and devices.
 """
+_VERDICTS = ("reproduced", "within the noise", "not reproduced")
 _BENCHES = (
     ("long_context_bench", "python -m experiments.bench_long_context --config configs/bench/long_context.yaml"),
     ("speculation_bench", "python -m experiments.bench_speculation --config configs/bench/speculation.yaml"),
@@ -121,7 +122,17 @@ def render(config: ResultsConfig, found: dict[str, tuple[str, str]]) -> str:
             sections.append(section(command + flags, page))
         else:
             sections += [text for whole, text in old.items() if f"{whole} ".startswith(f"{command} ")]
-    return "\n".join([_HEAD, *sections])
+    return "\n".join([_HEAD, contents(sections), *sections])
+
+
+def contents(sections: list[str]) -> str:
+    """Returns a list of the sections, and how many of each one's claims hold."""
+    lines = ["| what | " + " | ".join(_VERDICTS) + " |", "| --- | --- | --- | --- |"]
+    for text in sections:
+        counts = [text.count(f"**{verdict}**") for verdict in _VERDICTS]
+        shown = " | ".join(str(count) if any(counts) else "" for count in counts)
+        lines.append(f"| {text.partition(chr(10))[0].removeprefix('## ')} | {shown} |")
+    return "\n".join(["What papers claim, and whether it holds here:", "", *lines, ""])
 
 
 def main() -> None:

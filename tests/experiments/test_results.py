@@ -45,6 +45,13 @@ def test_every_table_that_was_run_is_taken_up_in_order(saved):
     assert page.startswith("# Results\n") and saved() == page
 
 
+def test_the_page_begins_with_what_holds(saved, tmp_path):
+    answers = "- a: **reproduced** here\n- b: **not reproduced** here\n- c: **reproduced** here\n"
+    (tmp_path / "results" / "two" / "cpu" / "table.md").write_text(f"# Title of two\n\nMeasured.\n\n{answers}")
+    page = saved()
+    assert "| Title of one |  |  |  |\n| Title of two | 2 | 0 | 1 |\n\n## " in page and saved() == page
+
+
 def test_another_preset(saved):
     page = saved("--preset", "smoke")
     assert "Title of two" in page and "Title of one" not in page and "smoke figures" in page
