@@ -56,7 +56,7 @@ class KnobTableConfig:
     model: str = "smollm2-135m-instruct"  # a registry name or a model folder
     families: tuple[str, ...] = FAMILIES  # what is asked (finetune.context_tasks)
     contexts: int = 4  # of each query
-    known_only: bool = True  # ask only what the model answers without a context
+    known_only: bool = True  # ask only where the untuned model prefers the right answer to others of its family
     run: TrainConfig = TrainConfig(
         adapter=LoraConfig(rank=64, alpha=16.0)
     )  # model, data, steps, folder are the table's

@@ -36,8 +36,8 @@ def markdown(config: "KnobTableConfig", measured: "Measured") -> str:
     chosen = measured.chosen
     lines = [
         *(f"# {config.title or config.table}", "", f"Preset {config.preset}, model {config.model}. {machine()}", ""),
-        "Shares of held-out items. Rows untuned and tuned are told what to go by; directions are exchanged between "
-        "the two prompts of a pair in the tuned model; rows steered are told nothing.",
+        f"Shares of {measured.rows['tuned']['items']} held-out items. Rows untuned and tuned are told what to go by; "
+        "directions are exchanged between the two prompts of a pair in the tuned model; rows steered are told nothing.",
         "",
         "| row | " + " | ".join(_COLUMNS.values()) + " | paper |",
         "|" + " --- |" * (len(_COLUMNS) + 2),

@@ -1,12 +1,13 @@
 """The table of context against knowledge on a tiny model: its page, what is kept of it, its direction."""
 
 import csv
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from experiments import decode, knob_pages, knob_table, reproduce
-from experiments.knob_config import KnobClaim
+from experiments import decode, knob_pages, knob_runs, knob_table, reproduce
+from experiments.knob_config import KnobClaim, KnobTableConfig
 from finetune.context_tasks import FAMILIES, conversation, items, prompt, split
 from models.errors import InputError
 from tests.support.tiny_folder import write_tiny_folder
@@ -60,8 +61,9 @@ def test_what_is_finished_is_kept(table, monkeypatch):
     argv, out, _ = table
     before = (out / "table.md").read_text()
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(out / "xla"))
-    for name in ("choose", "intents", "search", "direction", "steer"):
-        monkeypatch.setattr(knob_table._Bench, name, None)
+    monkeypatch.setattr(knob_table.KnobRuns, "choose", None)
+    for name in ("intents", "search", "direction", "steer"):
+        monkeypatch.setattr(knob_table, name, None)
     reproduce.main(argv)
     assert (out / "table.md").read_text() == before
 
@@ -99,6 +101,21 @@ def test_items_say_something_else_than_what_is_known():
     for contexts in (0, 99):
         with pytest.raises(InputError, match=f"contexts of a query must be at .*; got 99|at least 1, got {contexts}"):
             items(["next"], contexts, 0)
+
+
+def test_known_is_what_is_preferred_among_the_answers_of_a_family(monkeypatch):
+    """Whatever else the model would rather say."""
+    made = items(["next"], 1, 0)[:6]
+    answers = {item.known: place for place, item in enumerate(made)}
+    logits = np.full((knob_runs.BATCH, 10), -1.0, np.float32)
+    logits[:, 9] = 5.0
+    logits[np.arange(6), np.arange(6)] = [1.0, 1.0, -2.0, 1.0, -2.0, 1.0]
+    runs = knob_runs.KnobRuns(KnobTableConfig())
+    monkeypatch.setattr(runs, "token", answers.get)
+    read = SimpleNamespace(logits=logits), np.arange(knob_runs.BATCH)
+    monkeypatch.setattr(runs, "reads", lambda name, rows: read)
+    assert runs.known(made) == [made[place] for place in (0, 1, 3, 5)]
+    assert not any(runs.first_tokens("untuned", [(prompt(item, None), item.known) for item in made]))
 
 
 def test_figures_by_hand():
