@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from experiments.base_model import Base
+    from experiments.prepared_run import Run
     from experiments.train_config import TrainConfig
-    from experiments.training import Run
 
 FILE = "dolphin.safetensors"
 

@@ -157,7 +157,7 @@ def _check_same(config: DraftHeadConfig, run: HeadRun, facts: dict[str, Any]) ->
 
 def run_training(config: DraftHeadConfig) -> dict[str, float]:
     """Trains, or goes on, to `config.steps` updates; returns the figures of the head that was saved."""
-    from experiments.training import check_folder
+    from experiments.resuming import check_folder
     from finetune.checkpoints import Checkpoints
     from finetune.run_log import RunLog
 

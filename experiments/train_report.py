@@ -15,7 +15,7 @@ from finetune.trainer import make_eval_step
 from models.encoder_decoder import network
 
 if TYPE_CHECKING:
-    from experiments.training import Run
+    from experiments.prepared_run import Run
 
 Figures = dict[str, float]
 

@@ -136,8 +136,8 @@ def _key(config: TrainTableConfig, run: TrainConfig, *more: Any) -> str:
 
 def _start(run: TrainConfig) -> Figures:
     """Returns a run's held-out figures before its first update, but for answers to questions."""
+    from experiments.prepared_run import prepare
     from experiments.train_report import Evaluator
-    from experiments.training import prepare
 
     run = dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, examples=0))
     ready = prepare(run, None)
