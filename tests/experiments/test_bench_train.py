@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from experiments import bench, bench_train
-from experiments.bench_train import Repeat, Side, TrainBenchConfig, drawn_batches, summarise
+from experiments.bench_process import Repeat, Side
+from experiments.bench_train import TrainBenchConfig, drawn_batches, summarise
 from experiments.runtime import run_main
 from models.errors import InputError
 from tests.support.tiny_folder import write_tiny_folder
@@ -52,7 +53,7 @@ def test_both_sides_draw_the_same_tokens_and_new_ones_each_update():
 ROOT = Path(__file__).parents[2]
 PEAK = """
 import numpy as np
-from experiments.bench_train import PeakMemory
+from experiments.bench_process import PeakMemory
 before = np.ones(20_000_000, np.float32)
 del before
 peak = PeakMemory()
