@@ -9,7 +9,6 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +18,7 @@ from experiments.kept import cell_key, keep, read_kept
 from experiments.loading import Loader
 from experiments.pages import save_table
 from experiments.runtime import machine
+from experiments.table_config import TableFrame
 from experiments.train_pages import answer, grid
 from experiments.train_table import TrainClaim
 from models.errors import InputError
@@ -47,34 +47,23 @@ class AlignedSamples:
 
 
 @dataclasses.dataclass(frozen=True)
-class AlignedTableConfig:
+class AlignedTableConfig(TableFrame):
     """The table."""
 
     type: Literal["grammar_aligned"] = "grammar_aligned"
-    table: str = "grammar_aligned"  # its name, and its folder's
-    title: str = ""
+    table: str = "grammar_aligned"
     model: str = "smollm2-135m-instruct"  # a registry name or a model folder
     prompt: str = "Write five random bits."
     grammars: tuple[AlignedGrammar, ...] = (AlignedGrammar(),)
     max_new_tokens: int = 8
     samples: AlignedSamples = AlignedSamples()
     claims: tuple[TrainClaim, ...] = ()  # rows are "GRAMMAR, masked" and "GRAMMAR, ASAp"
-    preset: Literal["smoke", "cpu", "gpu"] = "cpu"
     seed: int = 0
-    out: Path | None = None  # None: results/<table>/<preset>
 
     def __post_init__(self) -> None:
         rows = [f"{grammar.name}, {side}" for grammar in self.grammars for side in SIDES]
-        if len(set(rows)) != len(rows) or not rows:
-            raise ValueError("grammars must have names of their own, and there must be one")
-        for claim in self.claims:
-            if not {claim.row, claim.than} <= set(rows):
-                raise ValueError(f"claim {claim.text!r} must compare rows of this table: {', '.join(rows)}")
-
-    @property
-    def folder(self) -> Path:
-        """Where results go."""
-        return self.out or Path("results") / self.table / self.preset
+        self.check_rows(rows)
+        self.check_claims(rows)
 
 
 class Masked(Trie):

@@ -7,11 +7,11 @@ what is finished is kept.
 
 import dataclasses
 import shutil
-from pathlib import Path
 from typing import Any, Literal
 
 from experiments.config import dump_config
 from experiments.kept import cell_key, keep, read_kept
+from experiments.table_config import TableFrame
 from experiments.train_config import TrainConfig
 from experiments.train_table import Figures, TrainClaim
 from finetune.codet5plus import CodeT5PlusConfig
@@ -54,53 +54,30 @@ class CodePresets:
 
 
 @dataclasses.dataclass(frozen=True)
-class CodeT5PlusTableConfig:
+class CodeT5PlusTableConfig(TableFrame):
     """CodeT5+'s table. Updates and folders of both runs are those of the preset."""
 
     type: Literal["codet5plus"] = "codet5plus"
-    table: str = "codet5plus"  # its name, and its folder's
-    title: str = ""
+    table: str = "codet5plus"
     first: TrainConfig = TrainConfig(data=CodeData(), objective=CodeT5PlusConfig())  # of code alone
     second: TrainConfig = TrainConfig(data=CodeData(), objective=CodeT5PlusConfig())  # of pairs, from the first's model
     rows: tuple[CodeRow, ...] = (CodeRow(),)
     top: int = 16  # of the most alike functions the matching head ranks so many again
     new_tokens: int = 80  # of a function that is written
     claims: tuple[TrainClaim, ...] = ()
-    preset: Literal["smoke", "cpu", "gpu"] = "cpu"
     presets: CodePresets = CodePresets()
-    out: Path | None = None  # None: results/<table>/<preset>
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]
-        if len(set(names)) != len(names) or not names:
-            raise ValueError("rows must have names of their own")
+        self.check_rows(names)
         if not all(isinstance(run.objective, CodeT5PlusConfig) for run in (self.first, self.second)):
             raise ValueError("first.objective and second.objective must be of type codet5plus")
         if not isinstance(self.second.data, CodeData):
             raise ValueError("second.data must be of type code: its held-out pairs are what models are asked for")
-        for preset in (self.presets.smoke, self.presets.cpu, self.presets.gpu):
-            if not set(preset.rows) <= set(names):
-                raise ValueError(f"a preset's rows must choose among the rows of this table: {', '.join(names)}")
-        for claim in self.claims:
-            if not {claim.row, claim.than} <= set(names):
-                raise ValueError(f"claim {claim.text!r} must compare rows of this table: {', '.join(names)}")
+        self.check_presets(names)
+        self.check_claims(names)
         if self.top < 1 or self.new_tokens < 1:
             raise ValueError("top and new_tokens must be at least 1")
-
-    @property
-    def size(self) -> CodePreset:
-        """The preset that is run."""
-        return getattr(self.presets, self.preset)
-
-    @property
-    def chosen(self) -> tuple[CodeRow, ...]:
-        """The rows that are run."""
-        return tuple(row for row in self.rows if not self.size.rows or row.name in self.size.rows)
-
-    @property
-    def folder(self) -> Path:
-        """Where results go."""
-        return self.out or Path("results") / self.table / self.preset
 
 
 def measure(config: CodeT5PlusTableConfig) -> dict[str, Figures]:

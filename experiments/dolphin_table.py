@@ -6,11 +6,11 @@ untouched main decoder behind no context, the first N tokens of it, and all of i
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from experiments.config import dump_config
 from experiments.kept import cell_key, keep, read_kept
+from experiments.table_config import TableFrame
 from experiments.train_config import TrainConfig
 from experiments.train_dolphin import FILE, DolphinTraining
 from finetune.data import FactsData
@@ -57,36 +57,23 @@ class DolphinPresets:
 
 
 @dataclasses.dataclass(frozen=True)
-class DolphinTableConfig:
+class DolphinTableConfig(TableFrame):
     """The table."""
 
     type: Literal["dolphin"] = "dolphin"
-    table: str = "dolphin"  # its name, and its folder's
-    title: str = ""
+    table: str = "dolphin"
     run: TrainConfig = TrainConfig(dolphin=DolphinTraining(), data=FactsData(), packing=False)  # what stages share
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)  # tokens of contexts whose cost is computed
     question: int = 32  # tokens
     answer: int = 64  # tokens
     claims: tuple[DolphinClaim, ...] = ()
-    preset: Literal["smoke", "cpu", "gpu"] = "cpu"
     presets: DolphinPresets = DolphinPresets()
-    out: Path | None = None  # None: results/<table>/<preset>
 
     def __post_init__(self) -> None:
         if self.run.dolphin is None or not isinstance(self.run.data, FactsData):
             raise ValueError("run must have a compressor (run.dolphin) and data of type facts")
         if min(self.question, self.answer, *self.lengths) < 1:
             raise ValueError("lengths, question and answer must be at least 1 token")
-
-    @property
-    def size(self) -> DolphinPreset:
-        """The preset that is run."""
-        return getattr(self.presets, self.preset)
-
-    @property
-    def folder(self) -> Path:
-        """Where results go."""
-        return self.out or Path("results") / self.table / self.preset
 
 
 class Measured(NamedTuple):

@@ -1,9 +1,9 @@
 """What the knob's table is told (`experiments.knob_table`)."""
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
+from experiments.table_config import TableFrame
 from experiments.train_config import TrainConfig
 from finetune.adapters import LoraConfig
 from finetune.context_tasks import FAMILIES
@@ -47,12 +47,11 @@ class KnobClaim:
 
 
 @dataclasses.dataclass(frozen=True)
-class KnobTableConfig:
+class KnobTableConfig(TableFrame):
     """The table."""
 
     type: Literal["knob"] = "knob"
-    table: str = "context_knob"  # its name, and its folder's
-    title: str = ""
+    table: str = "context_knob"
     model: str = "smollm2-135m-instruct"  # a registry name or a model folder
     families: tuple[str, ...] = FAMILIES  # what is asked (finetune.context_tasks)
     contexts: int = 4  # of each query
@@ -62,21 +61,9 @@ class KnobTableConfig:
     )  # model, data, steps, folder are the table's
     claims: tuple[KnobClaim, ...] = ()
     paper: dict[str, str] = dataclasses.field(default_factory=dict)  # what the paper reports, by row
-    preset: Literal["smoke", "cpu", "gpu"] = "cpu"
     presets: KnobPresets = KnobPresets()
     seed: int = 0
-    out: Path | None = None  # None: results/<table>/<preset>
 
     def __post_init__(self) -> None:
         if self.run.adapter is None:
             raise ValueError("run.adapter must name an adapter: the untuned model is compared with it")
-
-    @property
-    def size(self) -> KnobSize:
-        """The preset that is run."""
-        return getattr(self.presets, self.preset)
-
-    @property
-    def folder(self) -> Path:
-        """Where results go."""
-        return self.out or Path("results") / self.table / self.preset

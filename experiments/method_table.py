@@ -17,6 +17,7 @@ from experiments.kept import cell_key
 from experiments.questions import Question, read_questions
 from experiments.rows import Rows
 from experiments.runtime import forget_programs
+from experiments.table_config import TableFrame
 from experiments.tables import write_table as write_page
 from experiments.train_acceptance_head import ensure_head, head_stamp
 from experiments.trained_model import ensure_model, model_stamp
@@ -88,11 +89,10 @@ class Presets:
 
 
 @dataclasses.dataclass(frozen=True)
-class TableConfig:
+class TableConfig(TableFrame):
     """A table."""
 
-    table: str = "spec_bench"  # its name, and its folder's
-    title: str = ""
+    table: str = "spec_bench"
     model: str = "smollm2-135m-instruct"  # a registry name, a .gguf file, or a model folder
     draft: str | None = None  # the model that drafts, for rows that say so
     dtype: Literal["float32", "bfloat16"] | None = None  # None: as stored (GGUF: float32)
@@ -101,36 +101,21 @@ class TableConfig:
     long_prompts: bool = False  # each is read densely once for all rows; each task has caches of its own size
     rows: tuple[TableRow, ...] = (TableRow(),)
     claims: tuple[Claim, ...] = ()
-    preset: Literal["smoke", "cpu", "gpu"] = "cpu"
     presets: Presets = Presets()
     seed: int = 0
-    out: Path | None = None  # None: results/<table>/<preset>
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]
-        if len(set(names)) != len(names) or not names or names[0] != "plain":
-            raise ValueError("rows must have names of their own, and the first must be called plain")
-        for claim in self.claims:
-            if not {claim.row, claim.than} <= set(names):
-                raise ValueError(f"claim {claim.text!r} must compare rows of this table: {', '.join(names)}")
-        for preset in (self.presets.smoke, self.presets.cpu, self.presets.gpu):
-            if not set(preset.rows) <= set(names):
-                raise ValueError(f"a preset's rows must choose among the rows of this table: {', '.join(names)}")
-
-    @property
-    def size(self) -> Preset:
-        """The preset that is run."""
-        return getattr(self.presets, self.preset)
+        self.check_rows(names)
+        if names[0] != "plain":
+            raise ValueError(f"the first row must be called plain, got {names[0]!r}")
+        self.check_claims(names)
+        self.check_presets(names)
 
     @property
     def chosen(self) -> tuple[TableRow, ...]:
         """The rows that are measured."""
         return tuple(row for row in self.rows if not self.size.rows or row.name in ("plain", *self.size.rows))
-
-    @property
-    def folder(self) -> Path:
-        """Where results go."""
-        return self.out or Path("results") / self.table / self.preset
 
 
 class Measured(NamedTuple):

@@ -15,6 +15,7 @@ import numpy as np
 from experiments import train_table
 from experiments.config import dump_config
 from experiments.kept import cell_key, keep, read_kept
+from experiments.table_config import TableFrame
 from experiments.train_config import TrainConfig
 from experiments.train_table import HELD_OUT, Figures, TrainClaim, TrainRow
 from finetune.data_configs import OthelloData, StoriesData
@@ -67,43 +68,30 @@ class MoeXPresets:
 
 
 @dataclasses.dataclass(frozen=True)
-class MoeXTableConfig:
+class MoeXTableConfig(TableFrame):
     """MoE-X's table."""
 
     type: Literal["moe_x"] = "moe_x"
-    table: str = "moe_x"  # its name, and its folder's
-    title: str = ""
+    table: str = "moe_x"
     # What all rows share; activation and experts of the shape are the row's, and what the preset says is the preset's.
     board: TrainConfig = TrainConfig(scratch=_PLAIN, adapter=None, data=OthelloData())
     text: TrainConfig = TrainConfig(scratch=_PLAIN, adapter=None, data=StoriesData())
     rows: tuple[MoeXRow, ...] = (MoeXRow(),)
     layer: int = 0  # whose neurons are measured
     claims: tuple[TrainClaim, ...] = ()
-    preset: Literal["smoke", "cpu", "gpu"] = "cpu"
     presets: MoeXPresets = MoeXPresets()
-    out: Path | None = None  # None: results/<table>/<preset>
 
     def __post_init__(self) -> None:
         _check_parts(self)
         names = [row.name for row in self.rows]
-        if len(set(names)) != len(names):
-            raise ValueError("rows must have names of their own")
+        self.check_rows(names)
         for number, row in enumerate(self.rows):
             if row.start and (row.start not in names[:number] or not row.trained):
                 raise ValueError(f"row {row.name!r} must start from a row before it, and be trained")
             for part in PARTS:
                 _shape(self, part, row)
-        for preset in (self.presets.smoke, self.presets.cpu, self.presets.gpu):
-            if not set(preset.rows) <= set(names):
-                raise ValueError(f"a preset's rows must choose among the rows of this table: {', '.join(names)}")
-        for claim in self.claims:
-            if not {claim.row, claim.than} <= set(names):
-                raise ValueError(f"claim {claim.text!r} must compare rows of this table: {', '.join(names)}")
-
-    @property
-    def size(self) -> MoeXPreset:
-        """The preset that is run."""
-        return getattr(self.presets, self.preset)
+        self.check_presets(names)
+        self.check_claims(names)
 
     @property
     def chosen(self) -> tuple[MoeXRow, ...]:
@@ -120,11 +108,6 @@ class MoeXTableConfig:
         if isinstance(data, StoriesData):
             return data
         return dataclasses.replace(data, size=self.size.games, turns=self.size.turns)
-
-    @property
-    def folder(self) -> Path:
-        """Where results go."""
-        return self.out or Path("results") / self.table / self.preset
 
 
 def _check_parts(config: MoeXTableConfig) -> None:

@@ -9,7 +9,6 @@ measured against the length of what is read. Everything that is finished is kept
 import dataclasses
 import functools
 import statistics
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy as np
 from experiments import train_table
 from experiments.kept import cell_key, keep, read_kept
 from experiments.runtime import machine
+from experiments.table_config import TableFrame
 from experiments.train_config import TrainConfig
 from experiments.train_table import Figures, TrainClaim, TrainRow
 from finetune.data_configs import RecordsData
@@ -71,12 +71,11 @@ _SHAPE = ScratchConfig(layers=2, encoder_layers=4, tokenizer="stories")
 
 
 @dataclasses.dataclass(frozen=True)
-class RoeTableConfig:
+class RoeTableConfig(TableFrame):
     """Return of the Encoder's table."""
 
     type: Literal["return_of_the_encoder"] = "return_of_the_encoder"
-    table: str = "return_of_the_encoder"  # its name, and its folder's
-    title: str = ""
+    table: str = "return_of_the_encoder"
     # What the runs of all rows share; rows have as many parameters as its shape, whose layers they deal out anew.
     run: TrainConfig = TrainConfig(scratch=_SHAPE, adapter=None, data=RecordsData(), packing=False)
     teacher: ScratchConfig = ScratchConfig(tokenizer="stories")  # decoder-only, of the same tokenizer
@@ -86,45 +85,23 @@ class RoeTableConfig:
     )  # the shape whose speed is measured, dealt out likewise
     rows: tuple[RoeRow, ...] = (RoeRow(),)
     claims: tuple[TrainClaim, ...] = ()
-    preset: Literal["smoke", "cpu", "gpu"] = "cpu"
     presets: RoePresets = RoePresets()
-    out: Path | None = None  # None: results/<table>/<preset>
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]
-        if len(set(names)) != len(names) or TEACHER in names:
-            raise ValueError(f"rows must have names of their own, other than {TEACHER!r}")
+        self.check_rows(names, reserved=(TEACHER,))
         if self.run.scratch is None or self.run.packing:
             raise ValueError("run.scratch must be a shape, and run.packing false")
         if self.teacher.encoder_layers or self.teacher.tokenizer != self.run.scratch.tokenizer:
             raise ValueError("the teacher must be decoder-only (encoder_layers 0), of the tokenizer of run.scratch")
-        for preset in (self.presets.smoke, self.presets.cpu, self.presets.gpu):
-            if not set(preset.rows) <= set(names):
-                raise ValueError(f"a preset's rows must choose among the rows of this table: {', '.join(names)}")
+        self.check_presets(names)
         if max(self.size.lengths) + self.size.new_tokens > self.latency.max_length:
             raise ValueError(f"latency.max_length {self.latency.max_length} is less than is read and written")
         for row in self.rows:
             if row.samples and not (row.taught and row.reads):
                 raise ValueError(f"row {row.name!r} is taught on samples: it must be taught, and have layers that read")
             split(self.run.scratch, row.reads), split(self.latency, row.reads)
-        for claim in self.claims:
-            if not {claim.row, claim.than} <= set(names):
-                raise ValueError(f"claim {claim.text!r} must compare rows of this table: {', '.join(names)}")
-
-    @property
-    def size(self) -> RoePreset:
-        """The preset that is run."""
-        return getattr(self.presets, self.preset)
-
-    @property
-    def chosen(self) -> tuple[RoeRow, ...]:
-        """The rows that are run."""
-        return tuple(row for row in self.rows if not self.size.rows or row.name in self.size.rows)
-
-    @property
-    def folder(self) -> Path:
-        """Where results go."""
-        return self.out or Path("results") / self.table / self.preset
+        self.check_claims(names)
 
 
 def measure(config: RoeTableConfig) -> dict[str, Figures]:

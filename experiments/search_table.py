@@ -18,6 +18,7 @@ from experiments.kept import cell_key, keep, read_kept
 from experiments.loading import Loader
 from experiments.pages import save_table
 from experiments.questions import read_questions
+from experiments.table_config import TableFrame
 from experiments.train_pages import answer, grid
 from experiments.train_table import TrainClaim
 from finetune.context_tasks import items, prompt
@@ -75,12 +76,11 @@ class SearchPresets:
 
 
 @dataclasses.dataclass(frozen=True)
-class SearchTableConfig:
+class SearchTableConfig(TableFrame):
     """A table of texts."""
 
     type: Literal["search"] = "search"
-    table: str = "diverse_beam"  # its name, and its folder's
-    title: str = ""
+    table: str = "diverse_beam"
     model: str = "smollm2-135m-instruct"  # a registry name or a model folder
     judge: str | None = None  # the model that coherence is measured with, which reads the text anew; None: the same
     source: Literal["facts", "questions"] = "facts"  # one-word facts with answers, or the first turns of `questions`
@@ -90,28 +90,15 @@ class SearchTableConfig:
     stop: bool = True  # texts end at stop tokens
     rows: tuple[SearchRow, ...] = (SearchRow(),)
     claims: tuple[TrainClaim, ...] = ()
-    preset: Literal["smoke", "cpu", "gpu"] = "cpu"
     presets: SearchPresets = SearchPresets()
     seed: int = 0
-    out: Path | None = None  # None: results/<table>/<preset>
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]
-        if len(set(names)) != len(names) or not names or not {self.reference} <= {"", *names}:
-            raise ValueError("rows must have names of their own, and reference must be one of them")
-        for claim in self.claims:
-            if not {claim.row, claim.than} <= set(names):
-                raise ValueError(f"claim {claim.text!r} must compare rows of this table: {', '.join(names)}")
-
-    @property
-    def size(self) -> SearchSize:
-        """The preset that is run."""
-        return getattr(self.presets, self.preset)
-
-    @property
-    def folder(self) -> Path:
-        """Where results go."""
-        return self.out or Path("results") / self.table / self.preset
+        self.check_rows(names)
+        if self.reference not in ("", *names):
+            raise ValueError(f"reference must be a row of this table: {', '.join(names)}; got {self.reference!r}")
+        self.check_claims(names)
 
 
 def measure(config: SearchTableConfig) -> dict[str, Figures]:

@@ -16,6 +16,7 @@ from typing import Literal
 
 from experiments.config import dump_config
 from experiments.kept import cell_key, keep, read_kept
+from experiments.table_config import TableFrame
 from experiments.train_config import TrainConfig
 from experiments.train_texts import Continuations, Loaded, TextMeasure, TextRow
 from finetune.adapters import AdapterConfig
@@ -82,53 +83,30 @@ class TrainPresets:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainTableConfig:
+class TrainTableConfig(TableFrame):
     """A table of training runs."""
 
     type: Literal["training"] = "training"
-    table: str = "adapters"  # its name, and its folder's
-    title: str = ""
+    table: str = "adapters"
     start: TrainConfig | None = None  # trains the model that rows start from; None: they start from `run.model`
     run: TrainConfig = TrainConfig()  # what all rows share
     rows: tuple[TrainRow, ...] = (TrainRow(),)
     texts: tuple[TextRow, ...] = ()  # what the trained models write; none: they write nothing
     continuations: Continuations = Continuations()
     claims: tuple[TrainClaim, ...] = ()
-    preset: Literal["smoke", "cpu", "gpu"] = "cpu"
     presets: TrainPresets = TrainPresets()
-    out: Path | None = None  # None: results/<table>/<preset>
 
     def __post_init__(self) -> None:
         rows, texts = ([row.name for row in kind] for kind in (self.rows, self.texts))
         names = [BASE, *rows, *texts]
-        if len(set(names)) != len(names):
-            raise ValueError(f"rows, of texts too, must have names of their own, and none may be called {BASE}")
+        self.check_rows([*rows, *texts], reserved=(BASE,))
         for row in self.texts:
             if not {row.of, row.sharp_as or BASE} <= {BASE, *rows}:
                 raise ValueError(f"texts {row.name!r} must be of rows that are trained: {', '.join([BASE, *rows])}")
-        for preset in (self.presets.smoke, self.presets.cpu, self.presets.gpu):
-            if not set(preset.rows) <= set(rows):
-                raise ValueError(f"a preset's rows must choose among the rows of this table: {', '.join(rows)}")
+        self.check_presets(rows)
         if not self.run.evaluation.batches:
             raise ValueError("run.evaluation.batches must be at least 1: rows are told apart by their held-out loss")
-        for claim in self.claims:
-            if not {claim.row, claim.than} <= set(names):
-                raise ValueError(f"claim {claim.text!r} must compare rows of this table: {', '.join(names)}")
-
-    @property
-    def size(self) -> TrainPreset:
-        """The preset that is run."""
-        return getattr(self.presets, self.preset)
-
-    @property
-    def chosen(self) -> tuple[TrainRow, ...]:
-        """The rows that are run."""
-        return tuple(row for row in self.rows if not self.size.rows or row.name in self.size.rows)
-
-    @property
-    def folder(self) -> Path:
-        """Where results go."""
-        return self.out or Path("results") / self.table / self.preset
+        self.check_claims(names)
 
 
 def measure(config: TrainTableConfig) -> tuple[dict[str, Figures], dict[str, Figures]]:

@@ -16,6 +16,7 @@ from experiments.cascade import Counts
 from experiments.clean_corpus import CleanConfig, clean
 from experiments.config import dump_config
 from experiments.kept import cell_key, keep, read_kept
+from experiments.table_config import TableFrame
 from experiments.train_config import TrainConfig
 from experiments.train_table import Figures, TrainClaim, TrainTableConfig
 from finetune.cleaning.planted import FAULTS, planted_corpus
@@ -51,32 +52,22 @@ class CascadeSizes:
 
 
 @dataclasses.dataclass(frozen=True)
-class YiTableConfig:
+class YiTableConfig(TableFrame):
     """Yi's table. What `depth` and `context` say of preset and out is not read: those of the whole hold."""
 
     type: Literal["yi"] = "yi"
-    table: str = "yi"  # its name, and its folder's
-    title: str = ""
+    table: str = "yi"
     depth: TrainTableConfig = TrainTableConfig()  # deeper models
     context: TrainTableConfig = TrainTableConfig()  # longer contexts
     recall: RecallGrid = RecallGrid()
     cascade: CleanConfig = CleanConfig()  # source, out and reference are those of the table
     texts: CascadeSizes = CascadeSizes()
     claims: tuple[TrainClaim, ...] = ()
-    preset: Literal["smoke", "cpu", "gpu"] = "cpu"
-    out: Path | None = None  # None: results/<table>/<preset>
 
     def __post_init__(self) -> None:
         rows = [row.name for part in (self.depth, self.context) for row in part.rows]
         names = {*rows, *(name + FIRST for name in rows)}
-        for claim in self.claims:
-            if not {claim.row, claim.than} <= names:
-                raise ValueError(f"claim {claim.text!r} must compare rows of this table: {', '.join(sorted(names))}")
-
-    @property
-    def folder(self) -> Path:
-        """Where results go."""
-        return self.out or Path("results") / self.table / self.preset
+        self.check_claims(sorted(names))
 
     def part(self, name: Literal["depth", "context"]) -> TrainTableConfig:
         """Returns the table of a part, at the preset and in the folder of the whole."""

@@ -188,7 +188,7 @@ def test_two_runs_in_one_folder_are_refused(table):
 def test_tables_that_cannot_be(table, tmp_path):
     run, _ = table
     for text, message in (
-        ("rows: [{name: mine}]", "the first must be called plain"),
+        ("rows: [{name: mine}]", "the first row must be called plain"),
         ("rows: [{name: plain}, {name: plain}]", "names of their own"),
         ("claims: [{text: x, row: none}]", "must compare rows of this table"),
         ("presets: {smoke: {tasks: [quiz]}}", "quiz"),

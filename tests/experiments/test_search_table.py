@@ -74,7 +74,7 @@ def test_what_is_finished_is_kept(table, monkeypatch):
 )
 def test_settings_that_do_not_fit(tmp_path, before, after):
     (tmp_path / "table.yaml").write_text(TABLE.replace(before, after))
-    with pytest.raises(InputError, match="must be one of them|must compare rows|num_return as many"):
+    with pytest.raises(InputError, match="must be a row of|must compare rows|num_return as many"):
         reproduce.main([str(tmp_path / "table.yaml"), "--out", str(tmp_path / "out")])
 
 
