@@ -103,7 +103,10 @@ def read_warm(method: str, warm: Any, cold: Any) -> Any:
     """Returns what to start from; `cold` where nothing is given, and InputError where that is not this method's."""
     if warm is None:
         return cold
-    shapes = [jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), value) for value in (warm, cold)]
+    try:
+        shapes = [jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), value) for value in (warm, cold)]
+    except (TypeError, ValueError):  # no arrays at all
+        shapes = [type(warm).__name__, jax.tree.map(jnp.shape, cold)]
     if shapes[0] != shapes[1]:
         raise InputError(
             f"warm must be the `warm` of an earlier output of method {method!r} with the same model and options: "

@@ -16,7 +16,7 @@ from decoding.method import Call, Method, Policy, Steps
 from decoding.prefill import Prompts, prompt_tokens
 from decoding.sampling import Sampling, draw, likeliest, process_logits, step_keys
 from decoding.search.constraints import Constraints, ScoredOptions
-from decoding.state import DecodeState, Hypotheses, emit
+from decoding.state import DecodeState, Hypotheses, emit, to_room
 from models.attention import TreeRows
 from models.cache import KVCache, commit
 from models.decoder import Decoder
@@ -110,7 +110,7 @@ def constrained_steps(model: Decoder, options: ScoredOptions, stop_tokens: tuple
     def found(state: DecodeState) -> Hypotheses | None:
         if state.carry.log_probs is None:
             return None
-        single = state.carry.log_probs[:, : state.tokens.shape[1]]
+        single = to_room(state.carry.log_probs, state.tokens.shape[1])
         total = jnp.where(state.lengths > 0, single.sum(axis=1), -jnp.inf)[:, None]
         return Hypotheses(state.tokens[:, None], state.lengths[:, None], total, total, single[:, None])
 

@@ -51,7 +51,7 @@ def read_call(
     own = {name: sampling.pop(name) for name in METHODS[method].settings if name in sampling}
     own = read_settings(METHODS[method].settings, {**settings, **own}, batch)
     law = read_sampling(sampling, batch, method, METHODS[method].temperature)
-    read = _draft_prompts(plan, draft_prompts, batch)
+    read = _draft_prompts(plan, draft_prompts, batch, padded.tokens.shape[1])
     rows = np.minimum(limit, free), read_keys(rng, batch), law
     grammar = _grammars(plan, grammars, batch)
     warm = read_warm(method, warm, plan.steps().cold())
@@ -74,7 +74,7 @@ def _held(plan: Plan, lengths: np.ndarray) -> np.ndarray:
     return np.ones_like(lengths)
 
 
-def _draft_prompts(plan: Plan, prompts: Sequence[Sequence[int]] | None, batch: int) -> Prompts | None:
+def _draft_prompts(plan: Plan, prompts: Sequence[Sequence[int]] | None, batch: int, bucket: int) -> Prompts | None:
     """Returns what the draft model is to read; raises InputError where there is none, or where it does not fit."""
     if prompts is None:
         return None
@@ -84,6 +84,9 @@ def _draft_prompts(plan: Plan, prompts: Sequence[Sequence[int]] | None, batch: i
     padded = pad_prompts(prompts, draft.vocab_size)
     if len(padded.lengths) != batch:
         raise InputError(f"draft_prompts must be {batch}, one for each prompt; got {len(padded.lengths)}")
+    needed = bucket + plan.room + plan.steps().rows - 1
+    if plan.num_slots(bucket) < needed:  # what the draft's cache has room for is behind the prompts' bucket
+        raise InputError(f"draft_prompts need cache_slots {needed} beside these prompts, got {plan.cache_slots}")
     longest = int(padded.lengths.max()) + plan.room + plan.steps().rows
     if longest > draft.max_length:
         raise InputError(

@@ -117,8 +117,12 @@ def read_contexts(
         raise InputError("the draft model cannot read the memory of contexts: give it whole texts, draft_prompts")
     read = _read(model, contexts)
     given = len(read.lengths) if isinstance(read, Prompts) else len(read)
-    if not isinstance(prompts, Sequence) or given != len(prompts):
-        raise InputError(f"contexts must be as many as prompts, one for each; got {given}")
+    try:
+        prompts = list(prompts)
+    except TypeError:
+        raise InputError(f"prompts must be lists of token ids, got {prompts!r:.80}") from None
+    if given != len(prompts):
+        raise InputError(f"contexts must be as many as the {len(prompts)} prompts, one for each; got {given}")
     count = model.config.memory if isinstance(read, Prompts) else read.shape[1]
     placed = [_with_room(index, prompt, count) for index, prompt in enumerate(prompts)]
     padded = pad_prompts([prompt for prompt, _ in placed], vocab_size)

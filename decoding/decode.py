@@ -198,6 +198,9 @@ def make_decode_fn(
     if not isinstance(stop_tokens, Sequence):
         raise InputError(f"stop_tokens must be a list of token ids, got {stop_tokens!r}")
     stops = tuple(sorted({whole_number("an id in stop_tokens", token) for token in stop_tokens}))
+    vocab = writer(model).config.vocab_size
+    if stops and not 0 <= stops[0] <= stops[-1] < vocab:
+        raise InputError(f"stop_tokens {list(stops)} must be ids of the model, 0 to {vocab - 1}: another tokenizer's?")
     if not METHODS[method].encoders:
         decoder_only(writer(model), f"method {method!r}")
     settings = {name: options.pop(name) for name in METHODS[method].settings if name in options}
@@ -213,6 +216,9 @@ def _read_options(method: str, options: dict[str, Any]) -> Any:
     for name in options:
         if name not in known:
             raise unknown_name(f"option of method {method!r}", name, [*known, *METHODS[method].settings])
+    for field in dataclasses.fields(METHODS[method].options):
+        if field.type is int and field.name in options:
+            options[field.name] = whole_number(field.name, options[field.name])
     if "draft" in options:
         decoder_only(options["draft"], "drafting")
     try:

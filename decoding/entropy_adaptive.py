@@ -167,7 +167,7 @@ def make_entropy_adaptive(model: Decoder, options: EntropyAdaptiveOptions, stop_
 
     def init(params: WithDraft, prompts: Prompts, cache: KVCache, call: Call) -> EntropyCarry:
         if call.draft_prompts is not None:
-            raise InputError("both models of 'entropy_adaptive' write one text: leave out draft_prompts")
+            raise InputError("both models of 'entropy_adaptive' write one text: leave out draft_prompts and contexts")
         small = prefill(small_model, params.draft, prompts, cache.num_slots)
         return _first_carry(small, prompts, call, model.config.vocab_size, options)
 

@@ -58,6 +58,11 @@ class Hypotheses:
     token_log_probs: jax.Array | None = None
 
 
+def to_room(x: jax.Array, room: int) -> jax.Array:
+    """Returns [..., N] with `room` entries on its last axis, of any number of them: cut, or zeros behind."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, max(0, room - x.shape[-1]))])[..., :room]
+
+
 @struct.dataclass
 class DecodeOutput:
     """What a decode function returns.

@@ -22,7 +22,7 @@ from models.layers import kernel_init
 from models.moe import upcycled
 from models.scratch import ExpertsConfig
 
-_OUTPUTS = (("attention", "o"), ("mlp", "down"))
+_OUTPUTS = ("o", "down", "experts_down")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def grow_params(params: dict[str, Any], num_layers: int, growth: GrowthConfig) -
         block = params[f"layers_{source}"]
         if stop <= index < 2 * stop - first:
             block = jax.tree.map(jnp.copy, block)
-            block = _without_outputs(block) if growth.identity else block
+            block = without_outputs(block) if growth.identity else block
         grown[f"layers_{index}"] = block
     return grown
 
@@ -129,10 +129,15 @@ def upcycle(params: dict[str, Any], config: DecoderConfig) -> dict[str, Any]:
     return made
 
 
-def _without_outputs(block: dict[str, Any]) -> dict[str, Any]:
+def without_outputs(block: dict[str, Any]) -> dict[str, Any]:
     """Returns a block that adds nothing to the residual stream: kernels and biases of its two outputs are zero."""
-    zeros = {part: {**block[part], name: jax.tree.map(jnp.zeros_like, block[part][name])} for part, name in _OUTPUTS}
-    return {**block, **zeros}
+
+    def silent(name: str, x: Any) -> Any:
+        if name in _OUTPUTS:
+            return jax.tree.map(jnp.zeros_like, x)
+        return {key: silent(key, value) for key, value in x.items()} if name in ("attention", "mlp", "shared") else x
+
+    return {name: silent(name, x) for name, x in block.items()}
 
 
 def grow(model: Decoder, params: dict[str, Any], growth: GrowthConfig) -> tuple[Decoder, dict[str, Any]]:

@@ -219,6 +219,9 @@ class GrammarAligned:
             raise InputError(f"temperature must be above 0 and finite, got {temperature}")
         if not stop_tokens:
             raise InputError("a grammar's text ends with a stop token: pass stop_tokens=tokenizer.stop_ids")
+        if not 0 <= min(stop_tokens) <= max(stop_tokens) < model.config.vocab_size:
+            most = model.config.vocab_size - 1
+            raise InputError(f"stop_tokens {list(stop_tokens)} must be ids of the model, 0 to {most}")
         if grammar.vocabulary.size != model.config.vocab_size:
             raise InputError(
                 f"the grammar was made for {grammar.vocabulary.size} tokens, the model has {model.config.vocab_size}: "

@@ -25,7 +25,7 @@ from decoding.prefill import Prompts
 from decoding.search.constraints import Constraints
 from decoding.search.diversity import Chosen
 from decoding.search.group import Group, Search, extend, first_groups, take
-from decoding.state import DecodeState, Hypotheses
+from decoding.state import DecodeState, Hypotheses, to_room
 from models.cache import KVCache, commit, gather_rows, repeat_rows
 from models.decoder import Decoder
 from models.errors import InputError
@@ -169,11 +169,11 @@ def ranked(carry: SearchCarry, count: int, room: int) -> Hypotheses:
     there = best.scores > -jnp.inf
     single = best.token_log_probs
     return Hypotheses(
-        tokens=jnp.where(there[..., None], best.tokens[..., :room], 0),
+        tokens=jnp.where(there[..., None], to_room(best.tokens, room), 0),
         lengths=jnp.where(there, best.lengths, 0),
         scores=best.scores,
         log_probs=jnp.where(there, best.log_probs, -jnp.inf),
-        token_log_probs=None if single is None else jnp.where(there[..., None], single[..., :room], 0.0),
+        token_log_probs=None if single is None else jnp.where(there[..., None], to_room(single, room), 0.0),
     )
 
 

@@ -101,6 +101,11 @@ class ScoredOptions(TextOptions):
 
     return_scores: bool = False
 
+    @property
+    def lossy(self) -> bool:
+        """Whether texts are not those of the model's own law."""
+        return self.constraints.any
+
 
 def repeated(text: jax.Array, lengths: jax.Array, n: int, vocab: int) -> jax.Array:
     """Returns bool[B, W, V]: the tokens that would complete n tokens that stand in text i32[B, W, T] already.

@@ -60,6 +60,7 @@ class ContrastiveCarry:
         units: f32[B, S, D], hidden states of the text by position, of length 1.
         tokens: i32[B, k], the candidates for the next token, most probable first.
         chances: f32[B, k], their probabilities.
+        allowed: bool[B, k], those that constraints leave.
         alpha: f32[B].
         prompts: the batch, where constraints look at it; else None.
     """
@@ -67,6 +68,7 @@ class ContrastiveCarry:
     units: jax.Array
     tokens: jax.Array
     chances: jax.Array
+    allowed: jax.Array
     alpha: jax.Array
     prompts: Prompts | None
 
@@ -93,12 +95,13 @@ def make_contrastive(model: Decoder, options: ContrastiveOptions, stop_tokens: t
 
     def candidates(
         params: Any, states: jax.Array, prompts: Prompts | None, text: jax.Array, lengths: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         logits = model.apply({"params": params}, states, method="unembed").astype(jnp.float32)
         if prompts is not None:
             logits = constraints.apply(logits[:, None], prompts, text[:, None], lengths)[:, 0]
         tokens = top_tokens(logits, options.k)
-        return tokens, jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), tokens, axis=1)
+        allowed = jnp.isfinite(jnp.take_along_axis(logits, tokens, axis=1))
+        return tokens, jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), tokens, axis=1), allowed
 
     def init(params: Any, prompts: Prompts, cache: KVCache, call: Call) -> ContrastiveCarry:
         states = prompts.seen[0]
@@ -106,9 +109,9 @@ def make_contrastive(model: Decoder, options: ContrastiveOptions, stop_tokens: t
         last = last.astype(params["embedding"]["embedding"].dtype)
         kept = prompts.replace(seen=None) if constraints.any else None
         nothing = jnp.zeros((len(call.limit), 1), jnp.int32), jnp.zeros_like(call.limit)
-        tokens, chances = candidates(params, last, kept, *nothing)
+        found = candidates(params, last, kept, *nothing)
         units = jnp.pad(_units(model, params, states), ((0, 0), (0, cache.num_slots - states.shape[1]), (0, 0)))
-        return ContrastiveCarry(units, tokens, chances, call.own["alpha"], kept)
+        return ContrastiveCarry(units, *found, call.own["alpha"], kept)
 
     def step(params: Any, state: DecodeState) -> DecodeState:
         carry, length = state.carry, state.cache.length
@@ -116,6 +119,7 @@ def make_contrastive(model: Decoder, options: ContrastiveOptions, stop_tokens: t
         units = _units(model, params, states)
         alpha = carry.alpha[:, None]
         scores = (1 - alpha) * carry.chances - alpha * likeness(units, carry.units, length)
+        scores, stuck = jnp.where(carry.allowed, scores, -jnp.inf), ~carry.allowed.any(axis=1)
         best = jnp.argmax(scores, axis=1).astype(jnp.int32)[:, None]
         token = jnp.take_along_axis(carry.tokens, best, axis=1)
         chosen, unit = (jnp.take_along_axis(x, best[..., None], axis=1)[:, 0] for x in (states, units))
@@ -124,9 +128,10 @@ def make_contrastive(model: Decoder, options: ContrastiveOptions, stop_tokens: t
         cache = commit(cache, best, active)
         passes = active * (options.k - 1 if options.sequential else 0)
         stats = state.stats.replace(target_calls=state.stats.target_calls + passes)
-        state = emit(state.replace(cache=cache, stats=stats), token, jnp.ones_like(length), stop_tokens)
-        tokens, chances = candidates(params, chosen, carry.prompts, state.tokens, state.lengths)
-        return state.replace(carry=carry.replace(units=kept, tokens=tokens, chances=chances))
+        state = emit(state.replace(cache=cache, stats=stats), token, jnp.where(stuck, 0, 1), stop_tokens)
+        tokens, chances, allowed = candidates(params, chosen, carry.prompts, state.tokens, state.lengths)
+        carry = carry.replace(units=kept, tokens=tokens, chances=chances, allowed=allowed)
+        return state.replace(carry=carry, done=state.done | stuck)
 
     policy = Policy(tree_attend, keep=lambda cache: commit(cache, None, jnp.ones_like(cache.length)))
     return Steps(init, step, policy, options.k + 1, observer=hidden_observer(model.config.width))

@@ -3,7 +3,8 @@
 What counts as finished, and when a group ends, is as in Hugging Face's beam search: of the best (1 + stop tokens) * W
 candidates (2 W at least) those that end in a stop token and stand among the first W are finished, with their sum of
 log-probabilities over length ** length_penalty as score (the prompt does not count); the best W others run on. At a
-row's limit the first W candidates are finished as they are.
+row's limit the first W candidates are finished as they are. A text that constraints leave nothing to go on with is
+finished too, with what it has.
 
 Two sums are kept of each text: what the search goes by, with what diversity took off, and the plain log-probability,
 which texts of different groups are ranked by.
@@ -53,7 +54,7 @@ class Search:
             raise InputError(f"num_return must be 1 to the width of {self.width} beams, got {self.num_return}")
         if self.groups < 1 or self.width % self.groups:
             raise InputError(f"groups must divide the width of {self.width} beams, got {self.groups}")
-        if self.early_stopping not in (True, False, "never"):
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise InputError(f'early_stopping must be true, false or "never", got {self.early_stopping!r}')
 
 
@@ -119,9 +120,12 @@ def extend(
     ends = (stops | at_limit[:, None]) & (jnp.arange(token.shape[1])[None, :] < width)
     lengths = (places + 1).astype(jnp.float32)
     closed = jnp.where(ends, found.scores / (lengths ** own["length_penalty"])[:, None], -jnp.inf)
-    pool = jax.tree.map(
-        lambda old, new: jnp.concatenate([old, new], axis=1), group.finished, found.replace(scores=closed)
-    )
+    pools = [group.finished, found.replace(scores=closed)]
+    if search.constraints.any:
+        so_far = jnp.maximum(places, 1).astype(jnp.float32) ** own["length_penalty"]
+        stuck = ~jnp.isfinite(law).any(axis=-1) & (places > 0)[:, None]
+        pools.append(group.running.replace(scores=jnp.where(stuck, group.running.scores / so_far[:, None], -jnp.inf)))
+    pool = jax.tree.map(lambda *texts: jnp.concatenate(texts, axis=1), *pools)
     finished = take(pool, jax.lax.top_k(pool.scores, width)[1])
     running = found.replace(scores=jnp.where(stops, -jnp.inf, found.scores))
     order = jax.lax.top_k(running.scores, width)[1]

@@ -16,7 +16,7 @@ from decoding.sparse.selected import taken_slots
 from pallas_kernels.page_select import PageBounds
 
 
-def page_bounds(keys: jax.Array, logical: int) -> PageBounds:
+def bounds_of(keys: jax.Array, logical: int) -> PageBounds:
     """Returns the bounds of keys [B, K, S, Dh], S a multiple of `logical`."""
     batch, heads, slots, width = keys.shape
     keys = keys.reshape(batch, heads, slots // logical, logical, width)
@@ -32,7 +32,7 @@ def all_bounds(keys: jax.Array, kv_heads: np.ndarray, page: int, logical: int, l
     spare, most = -keys.shape[2] % page, jnp.finfo(keys.dtype).max
     keys = jnp.pad(keys[:, kv_heads], ((0, 0), (0, 0), (0, spare), (0, 0)))
     live = (jnp.arange(keys.shape[2])[None, :] < length[:, None])[:, None, :, None]
-    high, low = (page_bounds(jnp.where(live, keys, edge), logical) for edge in (-most, most))
+    high, low = (bounds_of(jnp.where(live, keys, edge), logical) for edge in (-most, most))
     return PageBounds(high.high, low.low)
 
 
@@ -67,7 +67,7 @@ def renewed(bounds: PageBounds, keys: jax.Array, kv_heads: np.ndarray, start: ja
     slots = (last[:, None] * page + jnp.arange(page)[None, :])[:, None, :]
     slots = jnp.broadcast_to(slots, (len(start), len(kv_heads), page))
     num_logical = page // _logical(bounds, keys.shape[2], page)
-    new = page_bounds(taken_slots(keys, slots, kv_heads), page // num_logical)
+    new = bounds_of(taken_slots(keys, slots, kv_heads), page // num_logical)
     place = jax.vmap(lambda all_, new, at: jax.lax.dynamic_update_slice(all_, new, (0, at, 0)))
     at = last * num_logical
     return PageBounds(place(bounds.high, new.high, at), place(bounds.low, new.low, at))

@@ -114,6 +114,8 @@ class HeadOptions:
             raise unknown_name("acceptance", self.acceptance, ("exact", "typical"))
         if not 0 < self.epsilon < 1:
             raise InputError(f"epsilon is a probability between 0 and 1, got {self.epsilon}: the paper's is 0.09")
+        if self.acceptance == "exact" and self.epsilon != HeadOptions.epsilon:
+            raise InputError("epsilon belongs to typical acceptance: leave it out, or set acceptance to typical")
         known = next(field.default for field in dataclasses.fields(self) if field.name == "head")
         if not isinstance(self.head, type(known)):
             raise InputError(f"head must be a {type(known).__name__}, the settings of a head; got {self.head!r:.80}")

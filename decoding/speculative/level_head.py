@@ -32,6 +32,7 @@ from models.cache import KVCache, commit, init_cache
 from models.config import AttentionConfig
 from models.decoder import Decoder
 from models.errors import InputError, unknown_name
+from models.growth import without_outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +105,7 @@ def fresh_blocks(model: Decoder, count: int, key: jax.Array) -> list[Any]:
     blocks = last_blocks(model, count)
     made = blocks.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
     values = [jax.tree.map(lambda x: x.astype(jnp.float32), made[f"layers_{index}"]) for index in range(count)]
-    for block in values:
-        for part, name in (("attention", "o"), ("mlp", "down")):
-            block[part][name] = jax.tree.map(jnp.zeros_like, block[part][name])
-    return values
+    return [without_outputs(block) for block in values]
 
 
 def run_blocks(

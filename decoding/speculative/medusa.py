@@ -25,7 +25,7 @@ from decoding.method import Method, Steps, WithDraft
 from decoding.speculative.draft_head import HeadKind, HeadOptions, Reading, make_parallel, normed
 from decoding.speculative.drafter import Round
 from models.decoder import Decoder
-from models.errors import InputError
+from models.errors import InputError, unknown_name
 from models.kernels import PRECISION
 
 
@@ -40,6 +40,8 @@ class MedusaConfig:
     def __post_init__(self) -> None:
         if self.offsets < 1:
             raise InputError(f"offsets must be at least 1, got {self.offsets}")
+        if self.form not in ("block", "mlp"):
+            raise unknown_name("form of Medusa's heads", self.form, ("block", "mlp"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ Axis letters: B batch, T tokens of a row, M places, K offsets, E copies, D model
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ from decoding.speculative.loop import make_speculative
 from decoding.speculative.prompt_trees import Pruning, Trees, by_state, prompt_trees, sized_trees
 from decoding.speculative.tree import TokenTree
 from models.decoder import Decoder
-from models.errors import InputError
+from models.errors import InputError, unknown_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,8 @@ class PPDOptions(HeadOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.pruning not in get_args(Pruning):
+            raise unknown_name("pruning", self.pruning, get_args(Pruning))
         least = self.depth * self.head.copies + 1
         if self.nodes < least:
             raise InputError(

@@ -23,6 +23,7 @@ Axis letters: S states, W rows, K offsets.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -167,6 +168,7 @@ def prompt_trees(accuracy: Accuracy, nodes: int, copies: int = 1, pruning: Pruni
     return best
 
 
+@functools.lru_cache(maxsize=64)
 def sized_trees(accuracy: Accuracy, nodes: int, copies: int, pruning: Pruning, latency: LatencyCurve | None) -> Trees:
     """Returns `prompt_trees` of at most `nodes`; with a latency curve, of the size that emits most tokens per second,
     each step taking as long as its own tree's rows do, or trees of row 0 alone where plain decoding does.

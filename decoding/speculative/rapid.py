@@ -80,6 +80,8 @@ class RapidOptions(DraftOptions):
             raise InputError(f"length must be at least 1, got {self.length}")
         if self.mode not in ("sd", *RESIDUALS):
             raise unknown_name("mode of method 'rapid'", self.mode, ("sd", *RESIDUALS))
+        if self.mode == "sd" and (self.eta, self.alpha) != (RapidOptions.eta, RapidOptions.alpha):
+            raise InputError("eta and alpha tilt the target's law, which mode sd does not: leave them out")
         if not (math.isfinite(self.eta) and self.eta >= 0):
             raise InputError(f"eta must be 0 or more (0 does not tilt the target's law), got {self.eta}")
         if not 0 <= self.alpha <= 1:

@@ -49,6 +49,8 @@ class RSDCOptions(DraftOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "children", tuple(self.children))
+        if not self.children:
+            raise InputError("children is empty: give the number of children at each depth, as (2, 2, 1)")
 
 
 @dataclasses.dataclass(frozen=True)

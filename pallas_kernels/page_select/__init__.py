@@ -39,7 +39,7 @@ _FORMS = {"xla": page_scores_reference, "tpu": page_scores_tpu, "gpu": page_scor
 
 
 class PageBounds(NamedTuple):
-    """Channelwise bounds of the keys of each logical page, zeros for one without live slots.
+    """Channelwise bounds of the keys of each logical page; those of one without live slots are not looked at.
 
     Attributes:
         high: [B, K, L, Dh] in the cache's dtype.

@@ -104,7 +104,7 @@ def test_the_penalty_knows_nothing_of_places_of_memory(pair):
 @pytest.mark.parametrize(
     ("prompts", "contexts", "words"),
     [
-        ([[5]], CONTEXTS, "contexts must be as many as prompts, one for each; got 3"),
+        ([[5]], CONTEXTS, "contexts must be as many as the 1 prompts, one for each; got 3"),
         ([[5, SLOT]], CONTEXTS[:1], "must hold one context and go on behind it"),
         ([[SLOT, SLOT, 5]], CONTEXTS[:1], "2 of its ids are -1"),
         ([[5]], [[]], "contexts, read as the compressor's: prompt 0 is empty"),

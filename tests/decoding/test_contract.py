@@ -145,7 +145,7 @@ def mixture() -> tuple[Decoder, dict]:
     return model, jax.tree.map(lambda x: x * 12.0 if x.ndim > 1 else x, params)
 
 
-@pytest.mark.parametrize("name", ["greedy", "sample", "token_recycling", "speculative_sampling"])
+@pytest.mark.parametrize("name", ["greedy", "sample", "token_recycling", "speculative_sampling", "eagle"])
 def test_mixtures_of_experts_are_decoded_like_any_model(mixture, name):
     """Greedy text at temperature zero; where a method samples, a row's text is its own and plain sampling's in law."""
     fn, params = made(name, *mixture, ROOM)

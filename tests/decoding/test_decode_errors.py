@@ -20,6 +20,12 @@ MAKE = [
     ({"cache_slots": "20"}, r"cache_slots.*'20'"),
     ({"stop_tokens": 5}, r"stop_tokens.*5"),
     ({"stop_tokens": ["</s>"]}, r"stop_tokens.*</s>"),
+    ({"stop_tokens": [3, 61]}, r"stop_tokens \[3, 61\] must be ids of the model, 0 to 60"),
+    ({"stop_tokens": [-1]}, r"stop_tokens \[-1\] must be"),
+    ({"method": "contrastive", "k": 2.5}, r"k must be a whole number, got 2\.5"),
+    ({"method": "prompt_lookup", "length": "7"}, r"length must be a whole number, got '7'"),
+    ({"method": "ppd", "pruning": "randm"}, r"unknown pruning 'randm'\. Did you mean 'random'"),
+    ({"method": "medusa", "epsilon": 0.2}, "epsilon belongs to typical acceptance"),
 ]
 
 CALL = [
@@ -103,6 +109,18 @@ def test_greedy_takes_no_sampling_setting(tiny, name):
 def test_wrong_prompts(tiny, prompts, words):
     with pytest.raises(InputError, match=words):
         make_decode_fn(tiny[0], cache_slots=20)(tiny[1], prompts)
+
+
+def test_what_was_never_learned_is_no_start(tiny):
+    with pytest.raises(InputError, match="warm must be the `warm` of an earlier output of method 'token_recycling'"):
+        make_decode_fn(tiny[0], "token_recycling")(tiny[1], [[1]], warm="table.npz")
+
+
+def test_a_cache_without_room_behind_a_shortened_draft_prompt(tiny):
+    fn = make_decode_fn(tiny[0], "speculative_sampling", draft=tiny[0], max_new_tokens=60, cache_slots=100)
+    fn.inputs([[1] * 33])
+    with pytest.raises(InputError, match="draft_prompts need cache_slots .* beside these prompts, got 100"):
+        fn.inputs([[1] * 33], draft_prompts=[[1] * 16])
 
 
 def test_prompt_longer_than_the_models_context(tiny):

@@ -1,16 +1,19 @@
 """Grown models: which layers stand where, copies that begin as nothing, contexts that change nothing at first."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from models.config import AttentionConfig, BlockConfig, DecoderConfig, MLPConfig, RopeConfig
+from models.config import AttentionConfig, BlockConfig, DecoderConfig, MLPConfig, MoEConfig, RopeConfig
 from models.decoder import Decoder
 from models.errors import InputError
 from models.growth import GrowthConfig, doubled_order, grow, layer_cosines, most_alike
 from models.scratch import ExpertsConfig
+from tests.conftest import tiny_config
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 31, (2, 9)), jnp.int32)
 
@@ -40,6 +43,18 @@ def test_copies_that_begin_as_nothing(old, double):
     grown, params = grow(*old, GrowthConfig(double, identity=True))
     assert grown.config.num_layers == 3 + double[1] - double[0]
     np.testing.assert_array_equal(logits(grown, params), logits(*old))
+
+
+def test_copies_of_experts_begin_as_nothing():
+    """What is shared by all tokens among them, and with weights that can be learned."""
+    experts = MoEConfig(4, 2, MLPConfig(24), shared=MLPConfig(16))
+    config = tiny_config()
+    blocks = (config.blocks[0], dataclasses.replace(config.blocks[1], mlp=experts))
+    model = Decoder(dataclasses.replace(config, blocks=blocks))
+    params = model.init(jax.random.key(1), TOKENS)["params"]
+    grown, after = grow(model, params, GrowthConfig((0, 2), identity=True))
+    np.testing.assert_allclose(logits(grown, after), logits(model, params), atol=1e-5)
+    assert np.asarray(after["layers_3"]["mlp"]["shared"]["up"]["kernel"]).any()
 
 
 def test_copies_have_the_weights_of_their_layer_and_change_the_logits(old):

@@ -120,6 +120,15 @@ def test_a_full_cache_ends_a_row(tiny):
     check_scores(*tiny, output.found, 1.0, [prompt])
 
 
+@pytest.mark.parametrize("method", ["beam", "greedy"])
+def test_a_cache_smaller_than_the_room_for_new_tokens(tiny, method):
+    fn = make_decode_fn(tiny[0], method, max_new_tokens=64, cache_slots=32, return_scores=True)
+    output = fn(tiny[1], [[1, 2, 3]])
+    assert output.tokens.shape == (1, 64) and output.found.token_log_probs.shape == (1, 1, 64)
+    assert int(output.lengths[0]) == 30
+    check_scores(*tiny, output.found, 1.0 if method == "beam" else 0.0, [[1, 2, 3]])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -131,7 +140,9 @@ def test_a_full_cache_ends_a_row(tiny):
         ({"length_penalty": 11}, r"length_penalty must be in \[-10, 10\], got 11"),
         ({"length_penalty": "long"}, "length_penalty must be a number, got 'long'"),
         ({"lenght_penalty": 1.0}, "Did you mean 'length_penalty'"),
-        ({"width": "4"}, "wrong type"),
+        ({"early_stopping": 1}, 'early_stopping must be true, false or "never", got 1'),
+        ({"width": "4"}, "width must be a whole number, got '4'"),
+        ({"width": 2.5}, "width must be a whole number, got 2.5"),
     ],
 )
 def test_options_that_cannot_be(tiny, options, message):

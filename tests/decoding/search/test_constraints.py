@@ -138,6 +138,26 @@ def test_sampling_under_constraints(tiny, constrained_greedy):
         assert len(set(new)) == len(new) and not set(new) & set(grams[: max(len(prompt) - 1, 0)])
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
+def test_contrastive_search_takes_no_token_that_is_forbidden(tiny, alpha):
+    """However few are left of its candidates, and however unlike they are."""
+    fn = make_decode_fn(tiny[0], "contrastive", max_new_tokens=3, starts=((7, 8, 9), (7, 5, 9)), alpha=alpha)
+    assert all(text in ([7, 8, 9], [7, 5, 9]) for text in texts(fn(tiny[1], PROMPTS)))
+
+
+@pytest.mark.parametrize("method", ["contrastive", "beam", "diverse_beam"])
+def test_a_text_of_a_search_without_a_token_left_ends(tiny, method):
+    fn = make_decode_fn(tiny[0], method, max_new_tokens=ROOM, no_repeat_ngram=1, starts=((7, 7),))
+    output = fn(tiny[1], [[1, 2], [7], [3]])
+    assert texts(output) == [[7], [], [7]]
+
+
+def test_constrained_text_is_not_labelled_exact(tiny):
+    assert make_decode_fn(tiny[0], "greedy").label == "exact"
+    assert make_decode_fn(tiny[0], "greedy", return_scores=True).label == "exact"
+    assert make_decode_fn(tiny[0], "greedy", no_repeat_ngram=2).label == "lossy"
+
+
 def test_a_row_without_a_token_left_ends(tiny):
     starts = ((7, 7),)  # which a rule against repetition forbids
     fn = make_decode_fn(tiny[0], "greedy", max_new_tokens=ROOM, no_repeat_ngram=1, starts=starts, return_scores=True)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding.sparse.pages import all_bounds, extended, page_bounds, renewed
+from decoding.sparse.pages import all_bounds, bounds_of, extended, renewed
 from pallas_kernels.flash_decode import slots_of_pages
 from pallas_kernels.page_select import chosen_pages, page_scores
 
@@ -15,7 +15,7 @@ def keys() -> np.ndarray:
 
 
 def scores_of(q: np.ndarray, keys: np.ndarray, logical: int) -> np.ndarray:
-    bounds, length = page_bounds(jnp.asarray(keys), logical), jnp.array([48, 48], jnp.int32)
+    bounds, length = bounds_of(jnp.asarray(keys), logical), jnp.array([48, 48], jnp.int32)
     return np.asarray(page_scores(jnp.asarray(q), bounds, length, page_size=8, logical_size=logical))
 
 
@@ -38,7 +38,7 @@ def test_bounds_kept_during_decoding_equal_those_of_the_whole_prompt(keys):
     garbage = jnp.where(jnp.arange(48)[None, None, :, None] < 11, jnp.asarray(keys), 1e6)
     length = jnp.array([11, 11])
     bounds = more = all_bounds(garbage, heads, page, logical, length)
-    expected = page_bounds(jnp.asarray(keys)[:, heads], logical)
+    expected = bounds_of(jnp.asarray(keys)[:, heads], logical)
     for start in range(11, 49):
         written = jnp.where(jnp.arange(48)[None, None, :, None] <= start, jnp.asarray(keys), 1e6)
         bounds = renewed(bounds, written, heads, jnp.array([start, start]), page)
@@ -55,7 +55,7 @@ def test_a_cache_that_ends_inside_a_page(keys):
     short = jnp.asarray(keys[:, :, :45])
     bounds = all_bounds(short, np.array([0, 1, 2]), 8, 2, jnp.array([45, 45]))
     assert bounds.high.shape == (2, 3, 24, 8)
-    np.testing.assert_array_equal(bounds.high[:, :, :20], page_bounds(short[:, :, :40], 2).high)
+    np.testing.assert_array_equal(bounds.high[:, :, :20], bounds_of(short[:, :, :40], 2).high)
 
 
 def test_chosen_pages_are_the_best_full_ones_and_the_newest():

@@ -37,7 +37,7 @@ WARMER = {"temperature": 0.6, "top_p": 0.97, "repetition_penalty": 1.5}
 @functools.cache
 def rule_of(mode: str, eta: float = ETA):
     """Returns a mode's rule; the same object each time, so that it compiles once."""
-    return rule(RapidOptions(mode=mode, eta=eta))
+    return rule(RapidOptions(mode=mode) if mode == "sd" else RapidOptions(mode=mode, eta=eta))
 
 
 @functools.cache
