@@ -101,7 +101,7 @@ def bench_core_infer(config: CoreInferBenchConfig) -> None:
     from decoding import make_decode_fn
     from experiments.neuron_costs import Costs, mlp_ratio, step_ratio
 
-    model, params, tokenizer = Loader("float32").model(config.model)
+    model, params, tokenizer = Loader("float32").with_tokenizer(config.model)
     encoded = [tokenizer.encode_chat(question.turns[0]) for question in questions]
     measured = [i * len(encoded) // config.prompts for i in range(config.prompts)]
     prompts = [encoded[i] for i in measured]

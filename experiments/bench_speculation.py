@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     questions = read_questions(config.questions)
     setup_runtime()
     loader = Loader("float32")
-    model, params, tokenizer = loader.model(config.model)
+    model, params, tokenizer = loader.with_tokenizer(config.model)
     drafts = loader.model(loader.rounded(config.model))[1]
     spaced = [questions[i * len(questions) // config.batch] for i in range(config.batch)]
     prompts = [tokenizer.encode_chat(question.turns[0]) for question in spaced]

@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     questions = read_questions(config.questions)
     setup_runtime()
     loader = Loader("float32")
-    tokenizer = loader.model(config.model)[2]
+    tokenizer = loader.with_tokenizer(config.model)[2]
     encoded = [tokenizer.encode_chat(question.turns[0]) for question in questions]
     short = [prompt for prompt in encoded if len(prompt) <= config.longest]
     if len(short) < config.prompts:

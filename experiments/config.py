@@ -87,7 +87,8 @@ def save_page(config: Any, text: str) -> None:
         InputError: the config cannot be written.
     """
     save_config(config, config.out / "config.yaml")
-    (config.out / "table.md").write_text(text, encoding="utf-8")
+    with whole_file(config.out / "table.md") as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def save_config(config: Any, path: str | os.PathLike) -> None:

@@ -68,6 +68,8 @@ class DecodeConfig:
             raise ValueError("batch_size and max_new_tokens must be at least 1")
         if self.stream and (self.batch_size > 1 or self.output == "json"):
             raise ValueError("stream needs batch_size 1 and output text")
+        if self.save is not None and (self.save.is_dir() or not self.save.name):
+            raise ValueError(f"save must name a file, and {self.save} is a folder: add a name to it")
         if (self.dolphin is None) != (not self.contexts):
             raise ValueError("dolphin and contexts go together: name the pair's file, and at least one context")
         if self.dolphin is not None and self.adapter is not None:

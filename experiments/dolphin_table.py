@@ -6,10 +6,12 @@ untouched main decoder behind no context, the first N tokens of it, and all of i
 """
 
 import dataclasses
+import shutil
 from typing import Any, Literal, NamedTuple
 
 from experiments.config import dump_config
 from experiments.kept import cell_key, keep, read_kept
+from experiments.resuming import other_settings
 from experiments.table_config import TableFrame
 from experiments.train_config import TrainConfig
 from experiments.train_dolphin import FILE, DolphinTraining
@@ -105,7 +107,8 @@ def with_models(config: DolphinTableConfig) -> TrainConfig:
     from models.weights.byte_tokenizer import byte_tokenizer
     from models.weights.orbax import save_model
 
-    folders = [config.folder / "scratch" / name for name in ("main", "compressor")]
+    made = config.folder / "scratch" / cell_key(dataclasses.asdict(shape))[:12]
+    folders = [made / name for name in ("main", "compressor")]
     for seed, folder in enumerate(folders):
         if not folder.is_dir():
             tokenizer = byte_tokenizer()
@@ -201,6 +204,8 @@ def _stages(config: DolphinTableConfig, run: TrainConfig) -> dict[str, dict[str,
 def _trained(run: TrainConfig) -> Figures:
     from experiments.training import run_training
 
+    if run.run_dir.is_dir() and other_settings(run):
+        shutil.rmtree(run.run_dir)
     figures = run_training(run)
     names = {"eval/loss": "loss", "eval/exact_match": "exact match", "perf/step_seconds": "seconds of an update"}
     return {short: figures[name] for name, short in names.items() if name in figures}

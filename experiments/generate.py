@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def ensure_texts(folder: Path, config: Path | None, model: str, dtype: Any) -> None:
-    """Lets a model write texts, by a config of this main, where their folder does not exist yet.
+    """Lets a model write texts, by a config of this main, where that is not done yet.
 
     Args:
         folder: of the texts.
@@ -123,7 +123,7 @@ def ensure_texts(folder: Path, config: Path | None, model: str, dtype: Any) -> N
         model: that writes.
         dtype: of the model.
     """
-    if folder.exists() or config is None:
+    if config is None or ((folder / "texts.jsonl").is_file() and (folder / "hidden" / "about.json").is_file()):
         return
     print(f"generating texts first ({config})", flush=True)
     made = load_config(GenerateConfig, ["--config", str(config)], prog=_PROG, description="")

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.pages import save_table
 from experiments.runtime import machine
+from experiments.tables import share_error, verdict
 
 if TYPE_CHECKING:
     from experiments.knob_config import KnobClaim, KnobTableConfig
@@ -17,6 +18,7 @@ _COLUMNS = {
     "turned_random": "by a random direction",
     "turned_means": "by the difference of means",
     "turned_whole": "by the whole stream",
+    "count": "of answers",
     "auc": "AUC of h u",
     "memory_use": "memory, knob at use",
     "memory_ignore": "memory, knob at ignore",
@@ -57,24 +59,25 @@ def markdown(config: "KnobTableConfig", measured: "Measured") -> str:
             for name, found in measured.searches.items()
         ),
         "",
-        *(answer(claim, measured.rows) for claim in config.claims),
+        *(answer(claim, measured.rows, chosen["layer"]) for claim in config.claims),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def answer(claim: "KnobClaim", rows: dict[str, dict[str, Any]]) -> str:
-    """Returns a claim with what was found; `direction` stands for the best of the rows of directions."""
-    chosen = [row for row in rows if row == claim.row or (claim.row == "direction" and row.startswith("direction"))]
-    found = [rows[row][claim.measure] for row in chosen if claim.measure in rows[row]]
-    if not found:
-        return f"- {claim.text}: not measured"
-    value = max(found)
-    verdict = "reproduced" if value >= claim.least else "not reproduced"
-    return f"- {claim.text}: **{verdict}** here ({value:.3f}, wanted {claim.least:.3f} or more)"
+def answer(claim: "KnobClaim", rows: dict[str, dict[str, Any]], layer: int) -> str:
+    """Returns a claim with what was found; `direction` stands for the layer that was chosen on what was trained on."""
+    figures = rows.get(f"direction, layer {layer}" if claim.row == "direction" else claim.row, {})
+    if claim.measure not in figures:
+        return f"- {claim.text}: **not measured** here."
+    value, count = figures[claim.measure], figures.get("count", figures.get("items", 0))
+    found = verdict(value - claim.least, share_error(value, count) if count else 0.0)
+    return f"- {claim.text}: **{found}** here ({value:.3f}, wanted {claim.least:.3f} or more)."
 
 
 def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.3f}"
+    if value is None:
+        return ""
+    return f"{value}" if isinstance(value, int) else f"{value:.3f}"
 
 
 def _plot(config: "KnobTableConfig", measured: "Measured") -> None:

@@ -109,6 +109,7 @@ def direction(runs: KnobRuns, layer: int, train: list[Item], test: list[Item]) -
         "turned_whole": turned(held, wanted, None),
         "auc": _auc(along[::2], along[1::2]),
         "confident": float(confident),
+        "count": len(wanted),
     }
 
 

@@ -44,12 +44,17 @@ class Loader:
         from finetune.saved_dolphin import Bases, load_dolphin
 
         main, main_params, tokenizer = self.model(name)
-        small, small_params, reader = self.model(compressor)
-        if reader is None:
-            raise InputError(f"{compressor} has no tokenizer.json: put the model's tokenizer.json into the folder")
+        small, small_params, reader = self.with_tokenizer(compressor)
         bases = Bases(base_of(compressor, small_params), base_of(name, main_params))
         self._models[name] = *load_dolphin(file, bases, (small, small_params), (main, main_params)), tokenizer
         return reader
+
+    def with_tokenizer(self, name: str) -> tuple[Any, Any, Any]:
+        """Returns what `model` does; raises InputError where the model has no tokenizer."""
+        model, params, tokenizer = self.model(name)
+        if tokenizer is None:
+            raise InputError(f"{name} has no tokenizer.json: put the model's tokenizer.json into the folder")
+        return model, params, tokenizer
 
     def rounded(self, name: str) -> str:
         """Returns the name of a copy of a model whose weights are rounded to 8 bits: a draft that is often right."""

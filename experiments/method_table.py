@@ -109,6 +109,8 @@ class TableConfig(TableFrame):
         self.check_rows(names)
         if names[0] != "plain":
             raise ValueError(f"the first row must be called plain, got {names[0]!r}")
+        if self.long_prompts and any(row.model for row in self.rows):
+            raise ValueError("long_prompts reads each prompt once for all rows: no row can have a model of its own")
         self.check_claims(names)
         self.check_presets(names)
 

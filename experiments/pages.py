@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from models.weights.whole import whole_file
+
 
 def save_table(folder: Path, text: str, rows: Mapping[Any, Mapping[str, Any]], keys: Sequence[str] = ("row",)) -> None:
     """Writes table.md and table.csv.
@@ -15,8 +17,9 @@ def save_table(folder: Path, text: str, rows: Mapping[Any, Mapping[str, Any]], k
         rows: figures by row; where `keys` are several, by tuples of as many.
         keys: what the columns before `measure` and `value` are called.
     """
-    (folder / "table.md").write_text(text, encoding="utf-8")
-    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
+    with whole_file(folder / "table.md") as page:
+        page.write_text(text, encoding="utf-8")
+    with whole_file(folder / "table.csv") as figures_file, figures_file.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*keys, "measure", "value"])
         for row, figures in rows.items():

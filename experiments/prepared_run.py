@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from experiments.base_model import Base, load_base, objective_of, pairs_of
 from experiments.joining import encoder_tuning
-from experiments.resuming import check_same
+from experiments.resuming import check_same, facts_of
 from experiments.train_config import TrainConfig
 from experiments.train_report import CompiledStep
 from finetune import state as states
@@ -83,15 +83,15 @@ def prepare(config: TrainConfig, checkpoints: Checkpoints | None) -> Run:
     with jax.numpy_dtype_promotion("standard"):
         own = _own_state(objective, method, (rebased(frozen), frozen, trainable), mesh)
         state = build(lambda trainable, own: states.new_state(trainable, optimizer, own), trainable, own, mesh=mesh)
+    belongs_to = base.bases
+    if config.adapter is not None and belongs_to is None:
+        belongs_to = base_of(base.name, base.params)
     if checkpoints is not None and checkpoints.latest() is not None:
-        notes += check_same(config, batches, checkpoints.facts())
+        notes += check_same(config, facts_of(config, batches, belongs_to), checkpoints.facts())
         state, frozen, _ = checkpoints.restore(state, frozen)
     schedule = learning_rate(config.optimizer, config.steps)
     step = make_train_step(base.model, objective, method, optimizer, schedule, mesh)
     constants = Constants(rebased(frozen), frozen, objective.constants)
-    belongs_to = base.bases
-    if config.adapter is not None and belongs_to is None:
-        belongs_to = base_of(base.name, base.params)
     return Run(
         base.name,
         base.model,

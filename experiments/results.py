@@ -75,7 +75,8 @@ def _flags(saved: Path, shipped: Path, preset: str) -> str:
     kind = KINDS[chosen_type(argv)].config
     then = _flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
     now = _flat(yaml.safe_load(dump_config(load_config(kind, argv, prog="", description=""))))
-    changed = {name: value for name, value in then.items() if name != "out" and value != now.get(name)}
+    idle = ("out", "claims", "title")  # which change nothing that is measured
+    changed = {name: value for name, value in then.items() if name not in idle and value != now.get(name)}
     other = tuple(f"presets.{name}." for name in ("smoke", "cpu", "gpu") if name != preset)
     return "".join(f" --{name} {_shown(value)}" for name, value in changed.items() if not name.startswith(other))
 
@@ -120,8 +121,11 @@ def render(config: ResultsConfig, found: dict[str, tuple[str, str]]) -> str:
         if command in found:
             flags, page = found[command]
             sections.append(section(command + flags, page))
-        else:
-            sections += [text for whole, text in old.items() if f"{whole} ".startswith(f"{command} ")]
+        same, preset = command.partition(" --preset ")[::2]
+        for whole, text in old.items():
+            is_other = preset and not f"{whole} ".startswith(f"{command} ")
+            if f"{whole} ".startswith(f"{same} ") and (command not in found or is_other):
+                sections.append(text)
     return "\n".join([_HEAD, contents(sections), *sections])
 
 

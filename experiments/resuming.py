@@ -15,32 +15,50 @@ _DECIDES = (
 )
 
 
-def facts_of(config: TrainConfig, batches: Batches) -> dict[str, Any]:
-    """Returns what a checkpoint says of its run."""
-    return {"config": dump_config(config), "data": batches.fingerprint}
+def facts_of(config: TrainConfig, batches: Batches, base: Any) -> dict[str, Any]:
+    """Returns what a checkpoint says of its run; `base` is what an adapter says of its model, None without one."""
+    bases = [base] if hasattr(base, "content") else base or ()
+    return {"config": dump_config(config), "data": batches.fingerprint, "base": [each.content for each in bases]}
 
 
-def check_same(config: TrainConfig, batches: Batches, facts: dict[str, Any]) -> tuple[str, ...]:
-    """Returns what is to be said of going on; raises InputError where a checkpoint came of other settings or data."""
+def check_same(config: TrainConfig, facts: dict[str, Any], then: dict[str, Any]) -> tuple[str, ...]:
+    """Returns what is to be said of going on.
+
+    Args:
+        config: of the run.
+        facts: `facts_of` the run as it is now.
+        then: those of its checkpoint.
+
+    Raises:
+        InputError: the checkpoint came of other settings, other data or another model.
+    """
     import yaml
 
-    now, then = (yaml.safe_load(text) for text in (dump_config(config), facts["config"]))
-    for settings in (now, then):
+    now, before = (yaml.safe_load(each["config"]) for each in (facts, then))
+    for settings in (now, before):
         settings["optimizer"].pop("learning_rate", None)
     for name in (*_DECIDES, "seed"):
-        if now[name] != then.get(name):
+        if now[name] != before.get(name):
             raise InputError(
-                f"the run in {config.run_dir} was started with another {name}: {then.get(name)!r}, now {now[name]!r}; "
-                "choose another run_dir, or set it back to go on"
+                f"the run in {config.run_dir} was started with another {name}: {before.get(name)!r}, now "
+                f"{now[name]!r}; choose another run_dir, or set it back to go on"
             )
-    if batches.fingerprint != facts["data"]:
+    if facts["data"] != then["data"]:
         raise InputError(f"the data is not what the run in {config.run_dir} was trained on; choose another run_dir")
-    if now["steps"] == then["steps"]:
+    if facts["base"] != then.get("base", facts["base"]):
+        raise InputError(f"the run in {config.run_dir} started from another model; choose another run_dir")
+    if now["steps"] == before["steps"]:
         return ()
     return (
-        f"the run was planned for {then['steps']} updates and is now for {now['steps']}: what follows the plan (the "
+        f"the run was planned for {before['steps']} updates and is now for {now['steps']}: what follows the plan (the "
         "learning rate, what an adapter gives up on the way) follows the new one from here on",
     )
+
+
+def other_settings(run: TrainConfig) -> bool:
+    """Whether a run's folder was left by a run with other settings."""
+    saved = run.run_dir / "config.yaml"
+    return not saved.is_file() or saved.read_text(encoding="utf-8") != dump_config(run)
 
 
 def check_folder(folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from experiments import train_table
+from experiments.config import dump_config
 from experiments.kept import cell_key, keep, read_kept
 from experiments.runtime import machine
 from experiments.table_config import TableFrame
@@ -144,9 +145,10 @@ def _trained(config: RoeTableConfig, row: RoeRow) -> Figures:
 
 
 def _teacher(config: RoeTableConfig) -> str:
-    """Trains the teacher where that is not done; returns its folder."""
+    """Trains the teacher where that is not done; returns its folder, whose name says how it was trained."""
     rate = config.run.optimizer.learning_rate
-    run, cell = row_run(config, config.teacher, config.size.teacher_steps), TrainRow(TEACHER, adapter=None)
+    run = row_run(config, config.teacher, config.size.teacher_steps)
+    cell = TrainRow(f"{TEACHER}-{cell_key(dump_config(run))[:8]}", adapter=None)
     train_table.run_cell(config.folder, cell, rate, 0, run)
     return str(train_table.cell_config(config.folder, cell, rate, 0, run).run_dir / "model")
 

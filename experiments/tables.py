@@ -150,7 +150,8 @@ def _answer(claim: Any, measures: Mapping[tuple[str, str], Mapping[str, float]])
     ours, theirs = (row[claim.measure] for row in rows)
     error = 0.0
     if claim.measure == "correct":
-        error = math.hypot(*(share_error(row["correct"], row["scored"]) for row in rows))
+        errors = [share_error(row["correct"], row["scored"]) for row in rows]
+        error = math.hypot(errors[0], claim.factor * errors[1])
     bound = "" if claim.factor == 1 else f", to be above {claim.factor:g} times it"
     found = verdict(ours - claim.factor * theirs, error)
     return f"- {claim.text}: **{found}** here ({claim.row} {ours:.2f}, {claim.than} {theirs:.2f}{bound})."

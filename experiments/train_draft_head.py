@@ -132,13 +132,14 @@ class HeadRun:
 
         calibration, test = (self.split[name][: self.config.held_out] for name in ("calibration", "test"))
         trees = functools.partial(self.kind.trees, self.config.head)
-        return figures_of(ranks(calibration), ranks(test), self.rows, test, trees)
+        return figures_of(ranks(calibration), ranks(test), self.rows, (calibration, test), trees)
 
 
 # What decides where a run comes out; the rest of a config may change when it goes on.
 _DECIDES = ("model", "dtype", "head", "texts", "loss", "optimizer", "steps", "batch_size", "length", "seed")
-HEAD_NAME = "head.safetensors"
-BEST = "mat_16"  # the figure that the saved head is the best by
+HEAD_NAME = "head.safetensors"  # when all updates are made; the best so far is in RUNNING until then
+RUNNING = "best.safetensors"
+BEST = "calibration_mat_16"  # the figure that the saved head is the best by; all others are of the test texts
 
 
 def _check_same(config: DraftHeadConfig, run: HeadRun, facts: dict[str, Any]) -> None:
@@ -181,9 +182,13 @@ def _train(config: DraftHeadConfig, run: HeadRun, state: Any, checkpoints: Any, 
     from finetune.saved_heads import SavedHead, load_draft_head, save_draft_head
     from finetune.trainer import Hook, train
 
-    path = config.run_dir / HEAD_NAME
-    figures = load_draft_head(path, run.base).figures if path.exists() else {}
-    before, begin, start = figures.get("minutes", 0.0), time.perf_counter(), int(state.step)
+    start, begin = int(state.step), time.perf_counter()
+    path, best = config.run_dir / HEAD_NAME, config.run_dir / RUNNING
+    if start == 0:  # what a run left that has no checkpoint is another run's
+        best.unlink(missing_ok=True)
+    there = next((file for file in (best, path) if file.exists()), None)
+    figures = load_draft_head(there, run.base).figures if start and there else {}
+    before = figures.get("minutes", 0.0)
     log.text("config", dump_config(config))
     log.say(
         f"{config.head.type} for {run.base.name}: {count(state.trainable):,} trained numbers; "
@@ -206,14 +211,15 @@ def _train(config: DraftHeadConfig, run: HeadRun, state: Any, checkpoints: Any, 
         if found[BEST] > figures.get(BEST, 0.0):
             minutes = before + (time.perf_counter() - begin) / 60
             figures = {**found, "step": step, "minutes": minutes, "parameters": count(state.trainable)}
-            save_draft_head(path, SavedHead(config.head, state.trainable, accuracy, figures, run.base))
+            save_draft_head(best, SavedHead(config.head, state.trainable, accuracy, figures, run.base))
 
-    if start >= config.steps:
-        return figures
-    # Measured before it is saved: a run that is over has measured its last state.
-    hooks = [Hook(config.evaluate_every, measure), Hook(config.saving.every, save)]
-    train(run.step, state, run.constants, run.batch, config.steps, report, hooks)
-    checkpoints.wait()
+    if start < config.steps:
+        # Measured before it is saved: a run that is over has measured its last state.
+        hooks = [Hook(config.evaluate_every, measure), Hook(config.saving.every, save)]
+        train(run.step, state, run.constants, run.batch, config.steps, report, hooks)
+        checkpoints.wait()
+    if best.exists():
+        best.replace(path)
     return figures
 
 

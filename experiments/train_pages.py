@@ -97,12 +97,12 @@ def answer(claim: "TrainClaim", rows: Rows, examples: int = 1) -> str:
         return f"- {claim.text}: **not measured** here."
     ours, theirs = rows[claim.row][claim.measure], rows[claim.than][claim.measure]
     gap = claim.factor * theirs - ours if claim.below else ours - claim.factor * theirs
-    errors = (rows[row].get(f"{claim.measure}/error", 0.0) for row in (claim.row, claim.than))
+    errors = [rows[row].get(f"{claim.measure}/error", 0.0) for row in (claim.row, claim.than)]
     if claim.measure == "eval/exact_match":
-        errors = (share_error(share, examples) for share in (ours, theirs))
+        errors = [share_error(share, examples) for share in (ours, theirs)]
     side = "below" if claim.below else "above"
     wanted = f", to be {side} {claim.factor:g} times it" if claim.factor != 1 else f", to be {side} it"
-    found = verdict(gap, math.hypot(*errors))
+    found = verdict(gap, math.hypot(errors[0], claim.factor * errors[1]))
     return f"- {claim.text}: **{found}** here ({claim.row} {ours:.4g}, {claim.than} {theirs:.4g}{wanted})."
 
 

@@ -16,6 +16,7 @@ from typing import Literal
 
 from experiments.config import dump_config
 from experiments.kept import cell_key, keep, read_kept
+from experiments.resuming import other_settings
 from experiments.table_config import TableFrame
 from experiments.train_config import TrainConfig
 from experiments.train_texts import Continuations, Loaded, TextMeasure, TextRow
@@ -176,7 +177,8 @@ def averaged(runs: list[Figures]) -> Figures:
     for run in runs:
         if not math.isfinite(run.get(HELD_OUT, 0.0)):
             return run
-    values = {name: [run[name] for run in runs] for name in runs[0]}
+    shared = [name for name in runs[0] if all(name in run for run in runs)]
+    values = {name: [run[name] for run in runs] for name in shared}
     figures = {name: statistics.fmean(found) for name, found in values.items()}
     if len(runs) > 1:
         figures |= {f"{name}/error": statistics.stdev(v) / len(runs) ** 0.5 for name, v in values.items()}
@@ -194,7 +196,7 @@ def train_base(config: TrainTableConfig) -> str:
         return config.run.model
     folder = config.folder / BASE
     base = dataclasses.replace(config.start, steps=config.size.base_steps, run_dir=folder)
-    if folder.is_dir() and _other_settings(base):
+    if folder.is_dir() and other_settings(base):
         for old in (folder, config.folder / "runs", config.folder / "texts"):
             shutil.rmtree(old, ignore_errors=True)
     if not (folder / "model").is_dir():
@@ -229,7 +231,7 @@ def run_cell(folder: Path, row: TrainRow, rate: float, seed: int, shared: TrainC
     kept = read_kept(path, key)
     if kept is not None:
         return with_held_out(kept["figures"]), True
-    if run.run_dir.is_dir() and (path.is_file() or _other_settings(run)):
+    if run.run_dir.is_dir() and (path.is_file() or other_settings(run)):
         shutil.rmtree(run.run_dir)
     try:
         figures = run_training(run)
@@ -247,9 +249,3 @@ def with_held_out(figures: Figures) -> Figures:
     if HELD_OUT in figures:
         return figures
     return {HELD_OUT: figures["eval/loss"] - sum(figures.get(f"eval/{name}", 0.0) for name in LOSSES), **figures}
-
-
-def _other_settings(run: TrainConfig) -> bool:
-    """Whether a run's folder was left by a run with other settings."""
-    saved = run.run_dir / "config.yaml"
-    return not saved.is_file() or saved.read_text(encoding="utf-8") != dump_config(run)

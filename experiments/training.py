@@ -25,7 +25,7 @@ from finetune.checkpoints import Checkpoints
 from finetune.data_configs import OwnTextsData
 from finetune.distributed import global_batch, is_main, on_main
 from finetune.objectives import BatchObjective
-from finetune.run_log import RunLog
+from finetune.run_log import RunLog, last_figures
 from finetune.state import Batch, TrainState
 from finetune.trainer import Hook, NotFinite, train
 from models.encoder_decoder import network
@@ -81,7 +81,7 @@ def _train(config: TrainConfig, run: Run, checkpoints: Checkpoints, log: RunLog)
         reporter.measured(step, evaluate(state.trainable))
 
     def save(step: int, state: TrainState) -> None:
-        checkpoints.save(state, run.constants.frozen, facts_of(config, run.batches))
+        checkpoints.save(state, run.constants.frozen, facts_of(config, run.batches, run.belongs_to))
         reporter.skip()
 
     def batch(step: int) -> Batch:
@@ -90,8 +90,9 @@ def _train(config: TrainConfig, run: Run, checkpoints: Checkpoints, log: RunLog)
         return global_batch(made, run.mesh)
 
     if int(run.state.step) >= config.steps:  # a run that was over already
-        reporter.figures |= evaluate(run.state.trainable)
-    hooks = [Hook(config.saving.every, save), Hook(config.evaluation.every or config.steps, measure)]
+        reporter.figures |= last_figures(config.run_dir) | evaluate(run.state.trainable)
+    # Measured before it is saved: a run that is over has measured its last state.
+    hooks = [Hook(config.evaluation.every or config.steps, measure), Hook(config.saving.every, save)]
     state = train(run.step, run.state, run.constants, batch, config.steps, reporter.report, hooks)
     checkpoints.wait()
     _save_trained(config, run, state)

@@ -1,8 +1,8 @@
-"""Grows a checkpoint: `python -m experiments.upscale --model smollm2-135m-instruct --layers 45 --out models/deeper`.
+"""Grows a checkpoint: `python -m experiments.upscale --model smollm2-135m-instruct --layers 45 --out runs/deeper`.
 
 More layers, by doubling some (Yi, 2403.04652): those that are named, or as many as are missing, where what enters a
 layer and what leaves it are most alike on the texts of `data`. A longer context, by a larger base of the rotary
-positions. OUT is a model folder to be trained on: `python -m experiments.train --model OUT --adapter null`.
+positions. OUT is a model folder to be trained on: `experiments.train --model OUT` with `adapter: null` in its config.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ class UpscaleConfig:
     """A checkpoint to be grown."""
 
     model: str = "smollm2-135m-instruct"  # a registry name, a .gguf file, or a model folder
-    out: Path = Path("models/upscaled")  # the new model folder; must not be there
+    out: Path = Path("runs/upscaled")  # the new model folder; must not be there
     layers: int | None = None  # in all; which are doubled is measured. None: as growth says
     growth: GrowthConfig = GrowthConfig()
     data: DataConfig = GeneratedData()  # texts that layers are compared on

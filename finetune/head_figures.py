@@ -92,7 +92,7 @@ def figures_of(
     calibration: np.ndarray,
     test: np.ndarray,
     rows: Rows,
-    chosen: Sequence[int],
+    chosen: tuple[Sequence[int], Sequence[int]],
     trees: Callable[[Accuracy, int], StateTrees],
 ) -> tuple[Accuracy, dict[str, float]]:
     """Returns the accuracy that trees are made from, and figures.
@@ -101,16 +101,18 @@ def figures_of(
         calibration: i32[N, K], ranks on the texts that decide on trees.
         test: ranks on others, which the figures are of.
         rows: all texts.
-        chosen: the rows among them to be measured on.
+        chosen: the rows among them that are calibrated on, and those that are measured on.
         trees: (accuracy, nodes) -> what the head drafts with.
 
     Returns:
-        (accuracy, {top1_k, top10_k: shares at offset k from 1 on; mat_chain, mat_NODES: new tokens per step}).
+        (accuracy, {top1_k, top10_k: shares at offset k from 1 on; mat_chain, mat_NODES: new tokens per step;
+        calibration_mat_16: that of the texts that decided on the trees, which a head can be chosen by}).
     """
     accuracy, held_out = accuracy_of(calibration), accuracy_of(test)
     figures = {f"top1_{k + 1}": own[0] for k, own in enumerate(held_out)}
     figures |= {f"top{RANKS}_{k + 1}": sum(own) for k, own in enumerate(held_out)}
-    figures["mat_chain"] = accept_length(one_state(chain(len(accuracy))), test, rows, chosen)
+    figures["mat_chain"] = accept_length(one_state(chain(len(accuracy))), test, rows, chosen[1])
     for nodes in NODES:
-        figures[f"mat_{nodes}"] = accept_length(trees(accuracy, nodes), test, rows, chosen)
+        figures[f"mat_{nodes}"] = accept_length(trees(accuracy, nodes), test, rows, chosen[1])
+    figures["calibration_mat_16"] = accept_length(trees(accuracy, 16), calibration, rows, chosen[0])
     return accuracy, figures

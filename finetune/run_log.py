@@ -86,6 +86,15 @@ class RunLog:
             self._bar.write(line, file=sys.stdout)
 
 
+def last_figures(folder: Path) -> dict[str, float]:
+    """Returns the last value of every figure that a run has logged; none where it has no log."""
+    path, found = folder / "metrics.jsonl", {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        found |= json.loads(line)
+    found.pop("step", None)
+    return found
+
+
 def _shown(tag: str) -> bool:
     return tag in ("train/loss", "train/learning_rate", "perf/tokens_per_second") or tag.startswith("eval/")
 

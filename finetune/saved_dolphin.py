@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import pydantic
+from jax.experimental import multihost_utils
 
 from finetune.adapters import ADAPTERS, AdapterConfig, make_adapter
 from finetune.adapters.adapter import merge, rebase
@@ -35,7 +36,7 @@ class Bases(NamedTuple):
 def save_dolphin(
     path: Path, params: Any, bases: Bases, adapter: AdapterConfig | None, frozen: Any = None, trainable: Any = None
 ) -> None:
-    """Writes a pair.
+    """Writes a pair. Every process of a run must call this; the first one writes.
 
     Args:
         path: the file.
@@ -51,6 +52,10 @@ def save_dolphin(
     values = dict(params) if adapter is None else {name: params[name] for name in PARTS}
     if adapter is not None:
         values |= {"frozen": frozen, "trainable": trainable}
+    if jax.process_count() > 1:
+        values = multihost_utils.process_allgather(values, tiled=True)
+    if jax.process_index() != 0:
+        return
     facts = {"adapter": None if adapter is None else dataclasses.asdict(adapter), "bases": bases._asdict()}
     facts["bases"] = {name: base._asdict() for name, base in facts["bases"].items()}
     write_head(path, _KIND, values, {name: json.dumps(value) for name, value in facts.items()})

@@ -28,7 +28,7 @@ presets:
   smoke: {steps: 2, train: 8, test: 4, search: 2, direction_steps: 3, layers: [0.5]}
 paper: {tuned: "85 to 95%"}
 claims:
-  - {text: "it turns", row: direction, measure: turned, least: 0.0}
+  - {text: "it turns", row: direction, measure: turned, least: -1.0}
   - {text: "it follows", row: tuned, measure: pairs, least: 2.0}
 """
 
@@ -132,5 +132,8 @@ def test_figures_by_hand():
     assert knob_table._memory_share(texts, made) == pytest.approx(2 / 3)
     rows = {"direction, layer 3": {"turned": 0.5}, "direction, layer 4": {"turned": 0.75}}
     claim = KnobClaim("it turns", "direction", "turned", 0.7)
-    assert "**reproduced** here (0.750" in knob_pages.answer(claim, rows)
-    assert "not measured" in knob_pages.answer(KnobClaim("x", "tuned", "pairs"), rows)
+    assert "**reproduced** here (0.750" in knob_pages.answer(claim, rows, 4)
+    assert "**not reproduced** here (0.500" in knob_pages.answer(claim, rows, 3)
+    rows["direction, layer 4"]["count"] = 8
+    assert "**within the noise** here (0.750" in knob_pages.answer(claim, rows, 4)
+    assert "not measured" in knob_pages.answer(KnobClaim("x", "tuned", "pairs"), rows, 4)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,6 +143,17 @@ def test_an_adapter_is_saved_alone(run, tmp_path):
     after = loader.model(str(model))[1]
     moved = jax.tree.map(lambda x, y: bool((x != y).any()), before, after)
     assert moved["layers_0"]["attention"]["q"]["kernel"] and not moved["embedding"]["embedding"]
+
+
+def test_a_run_does_not_go_on_over_another_model(run, tmp_path):
+    model = write_tiny_folder(tmp_path / "model", seed=1)
+    rest = SMALL.partition("adapter: null")[2]
+    (tmp_path / "small.yaml").write_text(f"model: {model}\nadapter: {{type: lora, rank: 2}}{rest}")
+    run("lora", "--steps", "3")
+    shutil.rmtree(model)
+    write_tiny_folder(model, seed=2)
+    with pytest.raises(InputError, match="lora started from another model; choose another run_dir"):
+        run("lora", "--steps", "4")
 
 
 def test_other_settings_do_not_go_on_with_a_run(run, tmp_path):

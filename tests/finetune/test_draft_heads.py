@@ -254,7 +254,7 @@ def test_simulated_accept_lengths_are_those_of_decoding(tiny, rows, hidden):
         simulated = accept_length(one_tree(CONFIG, accuracy, nodes), ranks, rows, chosen)
         steps = np.asarray(stats.steps) - 1
         assert simulated == pytest.approx((np.asarray(stats.emitted) - 1).sum() / steps.sum())
-    found, figures = figures_of(ranks, ranks, rows, chosen, functools.partial(one_tree, CONFIG))
+    found, figures = figures_of(ranks, ranks, rows, (chosen, chosen), functools.partial(one_tree, CONFIG))
     assert found == accuracy and figures["top1_2"] == pytest.approx(np.mean(ranks[ranks[:, 1] >= 0, 1] == 0))
     assert figures["mat_chain"] >= 1 and figures["mat_4"] <= figures["mat_16"] <= figures["mat_63"]
     assert figures["top10_1"] == pytest.approx(np.mean(ranks[ranks[:, 0] >= 0, 0] < 10))
