@@ -16,7 +16,7 @@ from experiments import train_table
 from experiments.config import dump_config
 from experiments.kept import cell_key, keep, read_kept
 from experiments.table_config import TableFrame
-from experiments.train_config import TrainConfig
+from experiments.train_config import TrainConfig, check_shared
 from experiments.train_table import HELD_OUT, Figures, TrainClaim, TrainRow
 from finetune.data_configs import OthelloData, StoriesData
 from models.config import Activation
@@ -113,6 +113,7 @@ class MoeXTableConfig(TableFrame):
 def _check_parts(config: MoeXTableConfig) -> None:
     for part, data in (("board", OthelloData), ("text", StoriesData)):
         run = getattr(config, part)
+        check_shared(part, run)
         if not isinstance(run.data, data) or run.scratch is None or run.scratch.gated:
             kind = data.__dataclass_fields__["type"].default
             raise ValueError(f"{part}.data must be of type {kind}, and {part}.scratch a new model, not gated")

@@ -18,7 +18,7 @@ from experiments.config import dump_config
 from experiments.kept import cell_key, keep, read_kept
 from experiments.runtime import machine
 from experiments.table_config import TableFrame
-from experiments.train_config import TrainConfig
+from experiments.train_config import TrainConfig, check_shared
 from experiments.train_table import Figures, TrainClaim, TrainRow
 from finetune.data_configs import RecordsData
 from finetune.distillation import DistillationConfig
@@ -91,6 +91,7 @@ class RoeTableConfig(TableFrame):
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]
         self.check_rows(names, reserved=(TEACHER,))
+        check_shared("run", self.run)
         if self.run.scratch is None or self.run.packing:
             raise ValueError("run.scratch must be a shape, and run.packing false")
         if self.teacher.encoder_layers or self.teacher.tokenizer != self.run.scratch.tokenizer:

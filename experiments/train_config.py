@@ -105,3 +105,10 @@ class TrainConfig:
             raise ValueError(
                 "growth is of a trained model (scratch: null), and of what is trained whole (adapter: null)"
             )
+
+
+def check_shared(name: str, run: TrainConfig) -> None:
+    """Raises ValueError where what rows of a table share has settings that each row has of its own."""
+    for setting in ("objective", "growth", "seed"):
+        if getattr(run, setting) != getattr(TrainConfig(), setting):
+            raise ValueError(f"{name}.{setting} would not be read: every row has its own")

@@ -18,7 +18,7 @@ from experiments.config import dump_config
 from experiments.kept import cell_key, keep, read_kept
 from experiments.resuming import other_settings
 from experiments.table_config import TableFrame
-from experiments.train_config import TrainConfig
+from experiments.train_config import TrainConfig, check_shared
 from experiments.train_texts import Continuations, Loaded, TextMeasure, TextRow
 from finetune.adapters import AdapterConfig
 from finetune.objective_configs import CrossEntropyConfig, ObjectiveConfig
@@ -105,6 +105,7 @@ class TrainTableConfig(TableFrame):
             if not {row.of, row.sharp_as or BASE} <= {BASE, *rows}:
                 raise ValueError(f"texts {row.name!r} must be of rows that are trained: {', '.join([BASE, *rows])}")
         self.check_presets(rows)
+        check_shared("run", self.run)
         if not self.run.evaluation.batches:
             raise ValueError("run.evaluation.batches must be at least 1: rows are told apart by their held-out loss")
         self.check_claims(names)

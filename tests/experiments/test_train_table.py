@@ -5,8 +5,9 @@ import json
 import pytest
 
 from experiments import reproduce, train_table
+from experiments.train_config import TrainConfig
 from experiments.train_pages import answer
-from experiments.train_table import TrainClaim
+from experiments.train_table import TrainClaim, TrainTableConfig
 from models.errors import InputError
 
 TABLE = """
@@ -129,6 +130,11 @@ def test_rows_need_names_of_their_own(table, tmp_path):
     (tmp_path / "table.yaml").write_text(TABLE.replace("name: xs", "name: full").replace("row: xs", "row: full"))
     with pytest.raises(InputError, match="names of their own"):
         run()
+
+
+def test_what_rows_have_of_their_own_is_not_shared():
+    with pytest.raises(ValueError, match="run.seed would not be read: every row has its own"):
+        TrainTableConfig(run=TrainConfig(seed=3))
 
 
 @pytest.mark.parametrize(
