@@ -33,6 +33,9 @@ _BENCHES = (
     ("exact_check", "python -m experiments.check_exact --config configs/bench/exact.yaml"),
     ("train_bench", "python -m experiments.bench --config configs/bench/train.yaml"),
     ("constrained_bench", "python -m experiments.bench --config configs/bench/constrained.yaml"),
+    ("decode_bench", "python -m experiments.bench --config configs/bench/decode.yaml"),
+    ("beam_bench", "python -m experiments.bench --config configs/bench/beam.yaml"),
+    ("isotropy_bench", "python -m experiments.bench --config configs/bench/isotropy.yaml"),
     ("core_infer_bench", "python -m experiments.bench --config configs/bench/core_infer.yaml"),
 )
 

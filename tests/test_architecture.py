@@ -16,7 +16,7 @@ MAY_IMPORT = {
 }
 REFERENCES = {"torch", "transformers", "peft", "sentencepiece"}  # what others' models are compared with
 REFERENCE_FILES = ("tests/parity/*", "tests/golden/make_*.py")
-LAZY_REFERENCE_FILES = ("experiments/bench.py", "experiments/bench_train.py")  # time others beside us
+LAZY_REFERENCE_FILES = ("experiments/bench_decoding.py", "experiments/bench_train.py")  # time others beside us
 MOST_LINES = 400
 
 
@@ -132,7 +132,7 @@ GOOD = {
     "models/b.py": "x = 1\ndef late():\n    from models.a import y\n",
     "decoding/c.py": "import models.a\nfrom models import b\nfrom pallas_kernels import op\n",
     "experiments/d.py": "from decoding.c import z\nimport finetune\n",
-    "experiments/bench.py": "def main():\n    import torch\n",
+    "experiments/bench_decoding.py": "def main():\n    import torch\n",
     "tests/parity/test_a.py": "import torch\n",
     "tests/golden/make_a.py": "from transformers import AutoModel\n",
     "tests/models/test_a.py": "from experiments import d\n",
@@ -150,7 +150,7 @@ BAD = [
     (reference_violations, "models/k.py", "def f():\n    import sentencepiece", "models.k imports sentencepiece"),
     (reference_violations, "tests/models/k.py", "from peft import x", "tests.models.k imports peft.x"),
     (reference_violations, "tests/golden/k.py", "import transformers", "tests.golden.k imports transformers"),
-    (reference_violations, "experiments/bench.py", "import torch", "experiments.bench imports torch"),
+    (reference_violations, "experiments/bench_decoding.py", "import torch", "experiments.bench_decoding imports torch"),
     (
         cycles,
         "models/b.py",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments import bench, bench_train
+from experiments.bench_decoding import BenchConfig
 from experiments.bench_process import Repeat, Side
 from experiments.bench_train import TrainBenchConfig, drawn_batches, summarise
 from experiments.runtime import run_main
@@ -111,7 +112,7 @@ def test_the_type_of_the_config_chooses_the_benchmark(monkeypatch, tmp_path):
     for argv in (["--config", str(tmp_path / "train.yaml")], ["--repeats", "2"], ["--type=train"]):
         monkeypatch.setattr(sys, "argv", ["bench", *argv])
         bench.main()
-    assert ran == [TrainBenchConfig(rank=4), bench.BenchConfig(repeats=2), TrainBenchConfig()]
+    assert ran == [TrainBenchConfig(rank=4), BenchConfig(repeats=2), TrainBenchConfig()]
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"length": 1}, {"rank": 0}])

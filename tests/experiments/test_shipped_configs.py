@@ -8,9 +8,10 @@ import pytest
 from decoding import METHODS
 from decoding.speculative.sizing import LatencyCurve
 from experiments import table_kinds
-from experiments.bench import BenchConfig
 from experiments.bench_constrained import ConstrainedBenchConfig
 from experiments.bench_core_infer import CoreInferBenchConfig
+from experiments.bench_decoding import BenchConfig
+from experiments.bench_isotropy import IsotropyBenchConfig
 from experiments.bench_long_context import LongContextBenchConfig
 from experiments.bench_speculation import SpeculationBenchConfig
 from experiments.bench_text import LongTextConfig
@@ -38,6 +39,7 @@ KINDS = {
     "bench/long_context": LongContextBenchConfig,
     "bench/constrained": ConstrainedBenchConfig,
     "bench/core_infer": CoreInferBenchConfig,
+    "bench/isotropy": IsotropyBenchConfig,
     "bench/speculation": SpeculationBenchConfig,
     "bench/long_text": LongTextConfig,
     "train": TrainConfig,
