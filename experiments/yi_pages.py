@@ -62,11 +62,12 @@ def _about(part) -> str:
 
 
 def _asked(config: "YiTableConfig") -> str:
+    grid, examples = config.recall, config.part("context").size.examples
     return (
-        f"Columns of words: the share of facts named right, of {config.recall.facts} in a text of so many words, at "
-        f"{len(config.recall.depths)} depths ({config.part('context').size.examples} texts or some more). One of "
-        f"the text's facts at random is right {1 / config.recall.facts:.3f} of the time: a base that is no better at the "
-        "length it was trained on has not learnt to recall, and nothing follows for longer texts."
+        f"Columns of words: the share of facts named right, of {grid.facts} in a text of so many words, at "
+        f"{len(grid.depths)} depths ({examples} texts or somewhat more). One of the text's facts at random is right "
+        f"{1 / grid.facts:.3f} of the time: a base that is no better at the length it was trained on has not learnt to "
+        "recall, and nothing follows for longer texts."
     )
 
 
