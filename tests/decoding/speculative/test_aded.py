@@ -353,7 +353,7 @@ def test_mistakes(tiny, adaptive):
         ({"iterations": 0}, "iterations must be at least 1, got 0"),
         ({"sentences": 0}, "sentences must be at least 1, got 0"),
         ({"search": "mtcs"}, "unknown search 'mtcs'. Did you mean 'mcts'"),
-        ({"slots": "many"}, "an option of method 'aded' has the wrong type"),
+        ({"slots": "many"}, "slots must be a whole number, got 'many'"),
     ):
         with pytest.raises(InputError, match=message):
             make_decode_fn(tiny[0], "aded", **options)
