@@ -178,10 +178,13 @@ def write_table(config: AlignedTableConfig, rows: dict[str, Figures]) -> str:
 
     papers = {f"{own.name}, ASAp": own.paper for own in config.grammars}
     count = getattr(config.samples, config.preset)
+    counts = sorted({int(key[3:]) for figures in rows.values() for key in figures if key.startswith("kl/")})
     lines = [
         *(f"# {config.title or config.table}", "", f"Preset {config.preset}, model {config.model}. {machine()}", ""),
         *(f"{count} samples of each row; the true law is known by listing every text.", ""),
         *(*grid(_COLUMNS, rows, papers), ""),
+        *("KL of the first samples from the law, nats, by their number:", ""),
+        *(*grid({f"kl/{some}": (f"{some}", ".4f") for some in counts}, rows, {}), ""),
         *(answer(claim, rows) for claim in config.claims),
     ]
     text = "\n".join(lines).rstrip() + "\n"

@@ -63,6 +63,7 @@ def test_page_and_what_is_kept(tmp_path, monkeypatch):
     argv = [str(tmp_path / "table.yaml"), "--preset", "smoke", "--out", str(tmp_path / "out")]
     reproduce.main(argv)
     page = (tmp_path / "out" / "table.md").read_text()
+    assert "KL of the first samples" in page
     assert "it is nearer: **" in page and "| falls |" in page and "| few, masked |" in page
     with (tmp_path / "out" / "table.csv").open() as file:
         assert {row["row"] for row in csv.DictReader(file)} == {"few, masked", "few, ASAp"}
