@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from experiments.config import save_page
 from experiments.runtime import forget_programs, machine, setup_runtime
+from experiments.text_records import text_records
 from models.errors import InputError
 
 _PAPER = (
@@ -37,20 +38,10 @@ class IsotropyBenchConfig:
 def read_languages(path: Path) -> dict[str, list[str]]:
     """Returns {language: texts}; raises InputError where there is no such file, or a bad line (named by number)."""
     found: dict[str, list[str]] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the texts {path}: {error}") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            language, text = record["language"], record["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            wanted = '{"language": "English", "text": "..."}'
-            raise InputError(f"{path}:{number}: wanted an object like {wanted}, got {line:.80}") from error
-        if not (isinstance(language, str) and isinstance(text, str) and text.strip()):
-            raise InputError(f"{path}:{number}: language and text must be texts, got {line:.80}")
-        found.setdefault(language, []).append(text)
+    for number, record in text_records(path, "file of texts", "language", "text"):
+        if not record["text"].strip():
+            raise InputError(f"{path}:{number}: the text is empty; give it some words")
+        found.setdefault(record["language"], []).append(record["text"])
     if not found:
         raise InputError(f"{path} has no texts")
     return found
@@ -76,9 +67,9 @@ def measured(config: IsotropyBenchConfig) -> dict[str, dict[str, Any]]:
 def page(config: IsotropyBenchConfig, found: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the figures of a first, a middle and the last layer, and of what the head reads, as Markdown."""
     lines = [
-        f"# How isotropic hidden states are\n\nTexts of {config.texts.name}, {next(iter(config.models))} and others in "
-        f"float32. {machine()}\n\nIsotropy is 1 minus the mean cosine of a text's tokens; in brackets with the mean "
-        f"state of all texts removed. {_PAPER}\n",
+        f"# How isotropic hidden states are\n\nTexts of {config.texts.name}, models in float32. {machine()}\n",
+        "Isotropy is 1 minus the mean cosine of a text's tokens; in brackets with the mean state of the language's texts "
+        f"removed. {_PAPER}\n",
         "| model | language | behind the first layer | behind the middle one | behind the last | what the head reads |",
         "| --- | --- | --- | --- | --- | --- |",
     ]

@@ -3,11 +3,11 @@ together.
 """
 
 import dataclasses
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from experiments.text_records import text_records
 from models.errors import InputError, unknown_name
 
 CONTEXT = "<context>"  # stands in a prompt where its context is to stand; in front where it does not
@@ -84,32 +84,13 @@ def read_prompts(config: DecodeConfig) -> list[str]:
     """
     prompts = list(config.prompt)
     if config.prompts is not None:
-        prompts += list(_read_lines(config.prompts))
+        prompts += [line["prompt"] for _, line in text_records(config.prompts, "prompts file", "prompt")]
     if not prompts:
         raise InputError("no prompts: pass --prompt TEXT (repeatable) or --prompts FILE.jsonl")
     for index, prompt in enumerate(prompts):
         if not prompt.strip():
             raise InputError(f"prompt {index + 1} is empty; give it some text")
     return prompts
-
-
-def _read_lines(path: Path) -> Iterator[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError as error:
-        raise InputError(f"no such prompts file: {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the prompts file {path}: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f'{path}:{number}: wanted an object like {{"prompt": "text"}}, got {line:.80}') from error
-        if not isinstance(prompt, str):
-            raise InputError(f"{path}:{number}: the prompt must be text, got {prompt!r:.80}")
-        yield prompt
 
 
 def with_contexts(config: DecodeConfig, prompts: Sequence[str]) -> tuple[str, ...]:

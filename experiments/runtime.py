@@ -20,7 +20,7 @@ from models.errors import InputError
 def run_main(main: Callable[[], None]) -> None:
     """Runs a main and turns what the user can mend into a message.
 
-    Any exception but these two is a bug of ours and keeps its traceback.
+    Any other exception is a bug of ours and keeps its traceback.
 
     Raises:
         SystemExit: code 2 after an InputError (its message is on stderr as "error: ..."), code 130 after Ctrl-C, code

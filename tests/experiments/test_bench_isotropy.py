@@ -29,14 +29,15 @@ def test_every_layer_and_language_of_a_model(monkeypatch, capsys, tmp_path):
     [
         ("", "has no texts"),
         ('{"language": "English", "text": "a"}\n{"language": "English"}', r"texts\.jsonl:2: wanted an object like"),
-        ('{"language": "English", "text": " "}', r"texts\.jsonl:1: language and text must be texts"),
+        ('{"language": 3, "text": "a"}', r"texts\.jsonl:1: the language must be text, got 3"),
+        ('{"language": "English", "text": " "}', r"texts\.jsonl:1: the text is empty"),
     ],
 )
 def test_texts_that_cannot_be_read(tmp_path, text, message):
     (tmp_path / "texts.jsonl").write_text(text)
     with pytest.raises(InputError, match=message):
         read_languages(tmp_path / "texts.jsonl")
-    with pytest.raises(InputError, match="cannot read the texts"):
+    with pytest.raises(InputError, match="no such file of texts"):
         read_languages(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match="models is empty"):
         IsotropyBenchConfig(models=())
