@@ -68,7 +68,7 @@ def page(config: IsotropyBenchConfig, found: Mapping[str, Mapping[str, Any]]) ->
     """Returns the figures of a first, a middle and the last layer, and of what the head reads, as Markdown."""
     lines = [
         f"# How isotropic hidden states are\n\nTexts of {config.texts.name}, models in float32. {machine()}\n",
-        "Isotropy is 1 minus the mean cosine of a text's tokens; in brackets with the mean state of the language's texts "
+        "Isotropy is 1 minus the mean cosine of a text's tokens; in brackets with the mean of the language's texts "
         f"removed. {_PAPER}\n",
         "| model | language | behind the first layer | behind the middle one | behind the last | what the head reads |",
         "| --- | --- | --- | --- | --- | --- |",
